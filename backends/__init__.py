@@ -1,0 +1,1 @@
+"""How xKV is computed, one folder a framework."""

@@ -1,0 +1,108 @@
+"""The MLX backend: what the array API standard has no word for."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from xkv.backend import Array, Backend
+from xkv.rope import RopeSpec
+
+
+class MLXBackend(Backend):
+    """MLX on its default device: Metal on a Mac, the CPU elsewhere."""
+
+    name = "mlx"
+    xp = mx
+
+    def __init__(self) -> None:
+        self._freqs: dict[RopeSpec, Array] = {}
+
+    @property
+    def placement(self) -> dict[str, Any]:
+        return {}
+
+    def from_numpy(self, array: np.ndarray) -> Array:
+        return mx.array(array)
+
+    def to_numpy(self, array: Array) -> np.ndarray:
+        return np.array(array.astype(mx.float32) if array.dtype == mx.bfloat16 else array)
+
+    def evaluate(self, *arrays: Array) -> None:
+        mx.eval(*arrays)
+
+    def own(self, array: Array) -> Array:
+        # mx.contiguous returns a view of the same buffer where the slice already is contiguous
+        copy = mx.zeros_like(array)
+        copy[...] = array
+        return copy
+
+    def cholesky(self, x: Array) -> Array | None:
+        # mx.linalg runs on the CPU only, and leaves a failed pivot on the diagonal without an error
+        factor = mx.linalg.cholesky(x, stream=mx.cpu)
+        positive = mx.all(mx.diagonal(factor, axis1=-2, axis2=-1) > 0)
+        return factor if positive.item() else None
+
+    def solve_triangular(self, lower: Array, right: Array) -> Array:
+        return mx.linalg.solve_triangular(lower, right, stream=mx.cpu)
+
+    def eigh(self, x: Array) -> tuple[Array, Array]:
+        # float64: the float32 routine mixes directions below 1e-3 of the largest
+        wide = x.astype(mx.float64, stream=mx.cpu)
+        values, vectors = mx.linalg.eigh(wide, stream=mx.cpu)
+        return tuple(y.astype(x.dtype, stream=mx.cpu) for y in (values, vectors))
+
+    def attention(
+        self, queries: Array, keys: Array, values: Array, scale: float, mask: Array | None
+    ) -> Array:
+        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+
+    def rope(
+        self, x: Array, positions: Array | int, spec: RopeSpec, inverse: bool = False
+    ) -> Array:
+        if not isinstance(positions, int):
+            return super().rope(x, positions, spec, inverse)
+        if spec not in self._freqs:
+            self._freqs[spec] = self.constant(spec.freqs, mx.float32)
+        freqs = self._freqs[spec]
+        if spec.scale != 1:
+            factor = 1 / spec.scale if inverse else spec.scale
+            x = mx.concatenate([x[..., : spec.dims] * factor, x[..., spec.dims :]], axis=-1)
+        return mx.fast.rope(
+            x,
+            spec.dims,
+            traditional=spec.traditional,
+            base=None,
+            scale=1.0,
+            offset=positions,
+            freqs=-freqs if inverse else freqs,
+        )
+
+    def top_indices(self, scores: Array, count: int) -> Array:
+        return mx.argpartition(-scores, kth=min(count, scores.shape[-1] - 1), axis=-1)[..., :count]
+
+    def quantize(self, x: Array, group_size: int, bits: int) -> tuple[Array, Array, Array]:
+        words, scales, biases = mx.quantize(x, group_size=group_size, bits=bits)
+        return words, scales, biases
+
+    def dequantize(self, packed: tuple[Array, ...], group_size: int, bits: int) -> Array:
+        return mx.dequantize(*packed, group_size=group_size, bits=bits)
+
+    def quantized_matmul(
+        self, x: Array, packed: tuple[Array, ...], group_size: int, bits: int
+    ) -> Array:
+        return mx.quantized_matmul(x, *packed, transpose=True, group_size=group_size, bits=bits)
+
+    def active_memory(self) -> int:
+        gc.collect()
+        mx.clear_cache()
+        return mx.get_active_memory()
+
+    def peak_memory(self) -> int:
+        return mx.get_peak_memory()
+
+    def reset_peak_memory(self) -> None:
+        mx.reset_peak_memory()

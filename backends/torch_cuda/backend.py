@@ -1,0 +1,119 @@
+"""The PyTorch backend: the reference in float64 on the CPU, and the same code on CUDA."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+from typing import Any
+
+import array_api_compat.torch as xp
+import numpy as np
+import torch
+
+from xkv.backend import Array, Backend
+
+
+class TorchBackend(Backend):
+    """PyTorch on one device."""
+
+    name = "torch"
+    xp = xp
+
+    def __init__(self, device: str | torch.device | None = None) -> None:
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device or default)
+
+    @property
+    def placement(self) -> dict[str, Any]:
+        return {"device": self.device}
+
+    def from_numpy(self, array: np.ndarray) -> Array:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+    def to_numpy(self, array: Array) -> np.ndarray:
+        array = array.detach().cpu()
+        return (array.float() if array.dtype == torch.bfloat16 else array).numpy()
+
+    def evaluate(self, *arrays: Array) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def own(self, array: Array) -> Array:
+        return array.clone(memory_format=torch.contiguous_format)
+
+    def cholesky(self, x: Array) -> Array | None:
+        factor, info = torch.linalg.cholesky_ex(x)
+        return None if bool(info.any()) else factor
+
+    def solve_triangular(self, lower: Array, right: Array) -> Array:
+        return torch.linalg.solve_triangular(lower, right, upper=False)
+
+    def eigh(self, x: Array) -> tuple[Array, Array]:
+        values, vectors = torch.linalg.eigh(x)
+        return values, vectors
+
+    def attention(
+        self, queries: Array, keys: Array, values: Array, scale: float, mask: Array | None
+    ) -> Array:
+        return torch.nn.functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=True
+        )
+
+    def top_indices(self, scores: Array, count: int) -> Array:
+        return torch.topk(scores, count, dim=-1, sorted=False).indices
+
+    def quantize(self, x: Array, group_size: int, bits: int) -> tuple[Array, Array, Array]:
+        groups = x.reshape(*x.shape[:-1], -1, group_size).to(self.accumulate_dtype(x))
+        largest, smallest = groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True)
+        top = 2**bits - 1
+        scales = ((largest - smallest) / top).clamp_min(1e-7)
+        # like MLX: the end of the range that is farther from zero is represented exactly
+        is_negative = smallest.abs() > largest.abs()
+        scales = torch.where(is_negative, scales, -scales)
+        edges = torch.where(is_negative, smallest, largest)
+        steps = (edges / scales).round()
+        scales = torch.where(steps != 0, edges / torch.where(steps == 0, 1, steps), scales)
+        biases = torch.where(steps != 0, edges, 0)
+        numbers = ((groups - biases) / scales).round().clamp(0, top).to(torch.int64)
+        per_word = 32 // bits
+        numbers = numbers.reshape(*x.shape[:-1], -1, per_word)
+        words = (numbers << torch.arange(0, 32, bits, device=x.device)).sum(-1)
+        # int32 holds the same 32 bits as MLX's uint32, which few PyTorch operations take
+        words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+        return words, scales[..., 0].to(x.dtype), biases[..., 0].to(x.dtype)
+
+    def dequantize(self, packed: tuple[Array, ...], group_size: int, bits: int) -> Array:
+        words, scales, biases = packed
+        numbers = words[..., None] >> torch.arange(0, 32, bits, device=words.device)
+        numbers = (numbers & (2**bits - 1)).to(scales.dtype)
+        groups = numbers.reshape(*scales.shape, group_size)
+        return (groups * scales[..., None] + biases[..., None]).flatten(-2)
+
+    def quantized_matmul(
+        self, x: Array, packed: tuple[Array, ...], group_size: int, bits: int
+    ) -> Array:
+        return x @ self.dequantize(packed, group_size, bits).mT
+
+    def active_memory(self) -> int:
+        gc.collect()
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device)
+        # PyTorch keeps no count for the CPU: add up the storages of the tensors that are alive
+        storages = {}
+        for thing in gc.get_objects():
+            if type(thing) in (torch.Tensor, torch.nn.Parameter):
+                storage = thing.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        return sum(storages.values())
+
+    def peak_memory(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        # the CPU's only peak is the process's, which no reset lowers
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def reset_peak_memory(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)

@@ -1,0 +1,10 @@
+"""xKV: a group of layers' KV cache stored as one shared low-rank factor."""
+
+from xkv.backend import load_backend
+from xkv.config import XKVConfig
+from xkv.errors import InputError
+from xkv.factorize import factorize
+from xkv.grouping import make_groups
+from xkv.rope import RopeSpec
+
+__all__ = ["InputError", "RopeSpec", "XKVConfig", "factorize", "load_backend", "make_groups"]

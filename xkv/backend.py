@@ -1,0 +1,205 @@
+"""What a framework must offer, and what every framework gets for free.
+
+The method is written once over the array API standard (``xp``). A backend adds what the standard has no
+word for; the fused operations at the end have bodies composed from the rest, which a backend may
+override with kernels.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from xkv import attention, rope, selection
+from xkv.errors import InputError
+
+if TYPE_CHECKING:
+    from xkv.attention import Segment
+    from xkv.rope import RopeSpec
+    from xkv.selection import Landmarks
+
+Array = Any
+"""An array of the backend's framework."""
+
+_BACKENDS = {
+    "mlx": ("xkv.backends.mlx_metal", "mlx", "pip install xkv"),
+    "torch": ("xkv.backends.torch_cuda", "torch", "pip install 'xkv[torch]'"),
+}
+
+
+def load_backend_module(name: str) -> Any:
+    """Import the backend package ``name`` ("mlx" or "torch"); the only place that does.
+
+    Raises:
+        InputError: If the name is unknown or the framework is not installed.
+    """
+    if name not in _BACKENDS:
+        raise InputError(f"backend {name!r} is unknown; choose one of {', '.join(_BACKENDS)}")
+    module, framework, install = _BACKENDS[name]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("xkv"):
+            raise
+        raise InputError(
+            f"the {name} backend needs {error.name or framework}, which is not installed: {install}"
+        ) from error
+
+
+def load_backend(name: str, **options: Any) -> Backend:
+    """A new instance of the backend ``name``; options are those of its class (torch: device)."""
+    return load_backend_module(name).make_backend(**options)
+
+
+class Backend(ABC):
+    """One framework on one device. Instances are explicit, so that two can live in one process."""
+
+    name: str
+    xp: Any
+    """The framework's array API namespace."""
+
+    @property
+    @abstractmethod
+    def placement(self) -> dict[str, Any]:
+        """Keyword arguments with which ``xp`` creates arrays on this backend's device."""
+
+    @abstractmethod
+    def from_numpy(self, array: np.ndarray) -> Array:
+        """The array on this backend's device, in its numpy dtype."""
+
+    @abstractmethod
+    def to_numpy(self, array: Array) -> np.ndarray:
+        """The values as numpy; bfloat16 becomes float32."""
+
+    @abstractmethod
+    def evaluate(self, *arrays: Array) -> None:
+        """Force lazy or asynchronous work on these arrays to finish."""
+
+    @abstractmethod
+    def own(self, array: Array) -> Array:
+        """A row-contiguous copy that shares no memory with ``array``."""
+
+    @abstractmethod
+    def cholesky(self, x: Array) -> Array | None:
+        """Lower Cholesky factor of ``[..., k, k]``, or None if a matrix is not positive definite."""
+
+    @abstractmethod
+    def solve_triangular(self, lower: Array, right: Array) -> Array:
+        """``lower^-1 @ right`` for a lower triangular ``[..., k, k]``."""
+
+    @abstractmethod
+    def eigh(self, x: Array) -> tuple[Array, Array]:
+        """Eigenvalues ``[..., k]``, ascending, and eigenvectors in columns of symmetric ``x``."""
+
+    @abstractmethod
+    def attention(
+        self, queries: Array, keys: Array, values: Array, scale: float, mask: Array | None
+    ) -> Array:
+        """The framework's fused attention; shapes as in :func:`xkv.attention.lowrank_attention`."""
+
+    @abstractmethod
+    def top_indices(self, scores: Array, count: int) -> Array:
+        """Where the ``count`` largest of the last axis are, in any order."""
+
+    @abstractmethod
+    def quantize(self, x: Array, group_size: int, bits: int) -> tuple[Array, Array, Array]:
+        """MLX's affine layout: packed 32-bit words, scales and biases, by groups of the last axis."""
+
+    @abstractmethod
+    def dequantize(self, packed: tuple[Array, ...], group_size: int, bits: int) -> Array:
+        """The inverse of :meth:`quantize`, in the scales' dtype."""
+
+    @abstractmethod
+    def quantized_matmul(
+        self, x: Array, packed: tuple[Array, ...], group_size: int, bits: int
+    ) -> Array:
+        """``x @ dequantize(packed)^T``: ``[..., M, D]`` and packed ``[..., N, D]`` -> ``[..., M, N]``."""
+
+    @abstractmethod
+    def active_memory(self) -> int:
+        """Bytes of all live arrays, as the framework counts them."""
+
+    @abstractmethod
+    def peak_memory(self) -> int:
+        """Largest bytes in use since the last :meth:`reset_peak_memory`."""
+
+    @abstractmethod
+    def reset_peak_memory(self) -> None:
+        """Start a new measurement of :meth:`peak_memory`."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
+        return self
+
+    def constant(self, values: Sequence[float], dtype: Any) -> Array:
+        """A small 1-d array of Python numbers."""
+        return self.xp.asarray(values, dtype=dtype, **self.placement)
+
+    def accumulate_dtype(self, x: Array) -> Any:
+        """float64 for float64 arrays, otherwise float32."""
+        return x.dtype if x.dtype == self.xp.float64 else self.xp.float32
+
+    def normal(self, shape: tuple[int, ...], seed: int) -> Array:
+        """Standard normal float32 numbers, the same on every backend."""
+        numbers = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+        return self.from_numpy(numbers)
+
+    def positions(self, start: int, n_rows: int) -> Array:
+        """``start, start + 1, ...`` as integers."""
+        return self.xp.arange(start, start + n_rows, **self.placement)
+
+    def rope(
+        self, x: Array, positions: Array | int, spec: RopeSpec, inverse: bool = False
+    ) -> Array:
+        """:func:`xkv.rope.rotate`; an int stands for consecutive rows from that position on."""
+        if isinstance(positions, int):
+            positions = self.positions(positions, x.shape[-2])
+        return rope.rotate(self, x, positions, spec, inverse)
+
+    def reconstruct_keys(self, segment: Segment) -> Array:
+        """:func:`xkv.attention.reconstruct_keys`"""
+        return attention.reconstruct_keys(self, segment)
+
+    def lowrank_attention(
+        self,
+        queries: Array,
+        segment: Segment,
+        keys: Array,
+        values: Array,
+        scale: float,
+        mask: Array | None = None,
+    ) -> Array:
+        """:func:`xkv.attention.lowrank_attention`"""
+        return attention.lowrank_attention(self, queries, segment, keys, values, scale, mask)
+
+    def reconstruct_rows(self, segment: Segment, rows: Array) -> Array:
+        """:func:`xkv.selection.reconstruct_rows`"""
+        return selection.reconstruct_rows(self, segment, rows)
+
+    def chunk_scores(self, queries: Array, landmarks: Landmarks, scale: float) -> Array:
+        """:func:`xkv.selection.chunk_scores`"""
+        return selection.chunk_scores(self, queries, landmarks, scale)
+
+    def select_chunks(
+        self, queries: Array, landmarks: Landmarks, budget: int, scale: float
+    ) -> Array:
+        """:func:`xkv.selection.select_chunks`"""
+        return selection.select_chunks(self, queries, landmarks, budget, scale)
+
+    def selected_attention(
+        self,
+        queries: Array,
+        segment: Segment,
+        chunks: Array,
+        chunk_size: int,
+        keys: Array,
+        values: Array,
+        scale: float,
+    ) -> Array:
+        """:func:`xkv.selection.selected_attention`"""
+        return selection.selected_attention(
+            self, queries, segment, chunks, chunk_size, keys, values, scale
+        )

@@ -1,0 +1,115 @@
+"""Rotary position embedding as data, and its plain form over array namespaces."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xkv.backend import Array, Backend
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """One layer's rotary embedding: feature pair i turns by ``position / freqs[i]`` radians.
+
+    Args:
+        freqs: Positions per radian of each pair, ``dims // 2`` of them (``mx.fast.rope``'s convention).
+        traditional: Pairs are neighbouring features; otherwise the halves of the first ``dims``.
+        scale: Factor on the rotated features (YaRN and Su-scaled ropes; 1 elsewhere).
+    """
+
+    freqs: tuple[float, ...]
+    traditional: bool = False
+    scale: float = 1.0
+
+    @property
+    def dims(self) -> int:
+        """Features that are rotated; the rest of a head passes through."""
+        return 2 * len(self.freqs)
+
+    def at(self, end: int) -> RopeSpec:
+        """The rotation of a call whose rows end at position ``end``: always this one."""
+        return self
+
+    @staticmethod
+    def standard(
+        dims: int, base: float, traditional: bool = False, position_scale: float = 1.0
+    ) -> RopeSpec:
+        """The rotary embedding with ``base``, positions multiplied by ``position_scale``."""
+        freqs = tuple(base ** (2 * i / dims) / position_scale for i in range(dims // 2))
+        return RopeSpec(freqs, traditional)
+
+
+@dataclass(frozen=True)
+class DynamicNTKRope:
+    """A rotary embedding whose base grows with the context, so that each call has its own.
+
+    Args:
+        dims: Features that are rotated.
+        base: Base up to ``max_positions``.
+        factor: Scaling factor of the model's configuration.
+        max_positions: Context that the model was trained for.
+        traditional: As in :class:`RopeSpec`.
+    """
+
+    dims: int
+    base: float
+    factor: float
+    max_positions: int
+    traditional: bool = False
+
+    def at(self, end: int) -> RopeSpec:
+        """The rotation of a call whose rows end at position ``end``."""
+        length = max(end, self.max_positions)
+        stretch = self.factor * length / self.max_positions - (self.factor - 1)
+        base = self.base * stretch ** (self.dims / (self.dims - 2))
+        return RopeSpec.standard(self.dims, base, self.traditional)
+
+
+Rope = RopeSpec | DynamicNTKRope
+
+
+def cos_sin(backend: Backend, positions: Array, spec: RopeSpec, dtype: Any) -> tuple[Array, Array]:
+    """Cosines and sines for integer ``positions`` ``[...]``: two ``[..., dims // 2]`` of ``dtype``."""
+    xp = backend.xp
+    # float32: 16-bit angles drift past a few thousand positions
+    inverse_freqs = 1.0 / backend.constant(spec.freqs, dtype)
+    angles = xp.astype(positions, dtype)[..., None] * inverse_freqs
+    return xp.cos(angles), xp.sin(angles)
+
+
+def rotate(
+    backend: Backend, x: Array, positions: Array, spec: RopeSpec, inverse: bool = False
+) -> Array:
+    """Rotate rows to their positions, or back; the plain twin of every fused rope.
+
+    Args:
+        x: ``[..., L, head_dim]``, any float dtype.
+        positions: Integers that broadcast to ``[..., L]``.
+        inverse: Undo the rotation and the spec's scale.
+
+    Returns:
+        ``[..., L, head_dim]`` in the dtype of ``x``; arithmetic is in float32 (float64 for float64).
+    """
+    xp = backend.xp
+    dtype = backend.accumulate_dtype(x)
+    cos, sin = cos_sin(backend, positions, spec, dtype)
+    if inverse:
+        sin = -sin
+    turned = xp.astype(x[..., : spec.dims], dtype) * (1 / spec.scale if inverse else spec.scale)
+    half = spec.dims // 2
+    if spec.traditional:
+        pairs = xp.reshape(turned, (*turned.shape[:-1], half, 2))
+        first, second = pairs[..., 0], pairs[..., 1]
+    else:
+        first, second = turned[..., :half], turned[..., half:]
+    first, second = first * cos - second * sin, second * cos + first * sin
+    if spec.traditional:
+        turned = xp.reshape(xp.stack([first, second], axis=-1), turned.shape)
+    else:
+        turned = xp.concat([first, second], axis=-1)
+    turned = xp.astype(turned, x.dtype)
+    if spec.dims == x.shape[-1]:
+        return turned
+    return xp.concat([turned, x[..., spec.dims :]], axis=-1)
