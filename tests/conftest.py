@@ -1,0 +1,37 @@
+"""Fixtures shared by all tests, and the switch that turns a missing device into a failure."""
+
+from __future__ import annotations
+
+import pytest
+
+import xkv
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require-backend",
+        action="append",
+        default=[],
+        choices=["metal", "cuda"],
+        help="fail, instead of skipping, the tests that need this device",
+    )
+
+
+def need_device(request: pytest.FixtureRequest, name: str, is_there: bool) -> None:
+    """Skip the test with the reason, unless the command line requires the device."""
+    if is_there:
+        return
+    if name in request.config.getoption("--require-backend"):
+        pytest.fail(f"--require-backend {name}: no such device on this machine")
+    pytest.skip(f"needs a {name} device, and this machine has none")
+
+
+@pytest.fixture(scope="session")
+def mlx_backend() -> xkv.backend.Backend:
+    return xkv.load_backend("mlx")
+
+
+@pytest.fixture(scope="session")
+def reference() -> xkv.backend.Backend:
+    """PyTorch on the CPU: with float64 inputs, what every other result is compared with."""
+    return xkv.load_backend("torch", device="cpu")

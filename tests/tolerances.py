@@ -1,0 +1,17 @@
+"""How far a result may be from the float64 reference: relative L2 error, by dtype.
+
+Each bound is at most ten times the error that was measured; planted faults exceed it tenfold.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 8e-3}
+
+
+def relative_error(got: np.ndarray, want: np.ndarray) -> float:
+    """Relative L2 error, after the shapes and the finiteness of ``got`` were checked."""
+    assert got.shape == want.shape, f"shape {got.shape}, expected {want.shape}"
+    assert np.isfinite(got).all(), "not finite"
+    return float(np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want))
