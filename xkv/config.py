@@ -9,6 +9,24 @@ from xkv.errors import InputError
 
 Rank = int | Literal["full"]
 
+AUTO_BUDGETS = 4
+"""Segments longer than this many budgets are attended to selectively by ``attention="auto"``."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the rows of a prompt are divided.
+
+    Args:
+        n_rows: Rows of the segment; less than 1 if the prompt is too short.
+        n_outliers: Chunks a KV head that are also kept dense; 0 in dense attention.
+        is_selective: Whether decode selects chunks.
+    """
+
+    n_rows: int
+    n_outliers: int = 0
+    is_selective: bool = False
+
 
 @dataclass(frozen=True)
 class XKVConfig:
@@ -28,6 +46,13 @@ class XKVConfig:
         value_rank_ratio: rank_v / rank_k when ``compression`` picks the ranks.
         sinks: First tokens, kept dense.
         window: Last tokens of the prompt, kept dense.
+        attention: ``dense`` attends to every compressed row; ``selective`` to the ``budget`` rows that
+            matter most; ``auto`` is selective where the segment is longer than ``AUTO_BUDGETS`` budgets.
+        budget: Tokens that a decode step reconstructs in selective attention.
+        chunk_size: Tokens that are selected together.
+        landmark_bits: 4, 8 or 16 bits for the chunks' summary keys.
+        outlier_chunks: Chunks a KV head that stay dense because their summary fits them least; None is
+            one in 170 (the paper's 48 at 65,536 tokens).
         power_iterations: Subspace iterations of the factorization.
         seed: Seed of the factorization's random start.
 
@@ -47,6 +72,11 @@ class XKVConfig:
     value_rank_ratio: float = 1.5
     sinks: int = 4
     window: int = 128
+    attention: Literal["auto", "dense", "selective"] = "auto"
+    budget: int = 2048
+    chunk_size: int = 8
+    landmark_bits: int = 8
+    outlier_chunks: int | None = None
     power_iterations: int = 3
     seed: int = 0
 
@@ -71,6 +101,16 @@ class XKVConfig:
             object.__setattr__(self, "compression", 4.0)
         if self.compression is not None and not self.compression > 1:
             raise InputError(f"compression={self.compression} must be above 1")
+        if self.attention not in ("auto", "dense", "selective"):
+            raise InputError(f"attention={self.attention!r} must be auto, dense or selective")
+        if self.chunk_size < 1 or self.budget < 1 or self.budget % self.chunk_size:
+            raise InputError(
+                f"budget={self.budget} must be a multiple of chunk_size={self.chunk_size}, both above 0"
+            )
+        if self.landmark_bits not in (4, 8, 16):
+            raise InputError(f"landmark_bits={self.landmark_bits} must be 4, 8 or 16")
+        if self.outlier_chunks is not None and self.outlier_chunks < 0:
+            raise InputError(f"outlier_chunks={self.outlier_chunks} must not be negative")
         if not self.value_rank_ratio > 0:
             raise InputError(f"value_rank_ratio={self.value_rank_ratio} must be above 0")
 
@@ -78,3 +118,15 @@ class XKVConfig:
     def is_exact(self) -> bool:
         """Whether both ranks are full, so that the cache loses nothing (and saves nothing)."""
         return self.rank_k == "full" and self.rank_v == "full"
+
+    def layout(self, n_tokens: int) -> Layout:
+        """Which of a prompt's rows are compressed, and whether decode selects among them."""
+        n_rows = n_tokens - self.sinks - self.window
+        n_chunks = n_rows // self.chunk_size
+        n_outliers = n_chunks // 170 if self.outlier_chunks is None else self.outlier_chunks
+        n_candidates = (n_chunks - n_outliers) * self.chunk_size
+        covers_all = self.budget >= n_candidates
+        is_long = n_rows > AUTO_BUDGETS * self.budget
+        if covers_all or self.attention == "dense" or (self.attention == "auto" and not is_long):
+            return Layout(n_rows)
+        return Layout(n_chunks * self.chunk_size, n_outliers, True)

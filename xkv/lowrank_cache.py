@@ -11,6 +11,7 @@ from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.factorize import factorize
 from xkv.ranks import CacheShape, RankPlan, buffer_rows, plan_ranks
+from xkv.selection import Landmarks, chunk_rows, make_landmarks
 
 if TYPE_CHECKING:
     from xkv.backend import Array, Backend
@@ -48,10 +49,10 @@ class RowBuffer:
             raise InputError("the cache is empty: run the prompt through the model first")
         return self.allocated[..., : self.n_rows, :]
 
-    def cut(self, start: int, end: int) -> None:
-        """Forget the rows from ``start`` to ``end`` and the memory they took."""
-        rows = self.rows
-        kept = self._backend.xp.concat([rows[..., :start, :], rows[..., end:, :]], axis=-2)
+    def replace(self, start: int, end: int, by: Sequence[Array] = ()) -> None:
+        """Put other rows in the place of those from ``start`` to ``end``, whose memory is freed."""
+        parts = [self.rows[..., :start, :], *by, self.rows[..., end:, :]]
+        kept = self._backend.xp.concat(parts, axis=-2)
         self.allocated, self.n_rows = None, 0
         self.append(kept)
 
@@ -59,8 +60,9 @@ class RowBuffer:
 class LayerCache:
     """One layer's part of a :class:`LowRankCache`.
 
-    Before compression every row is dense. Afterwards the dense rows are the sinks, then window and
-    tail; the group's segment lies between them in position.
+    Before compression every row is dense. Afterwards the dense rows are the sinks, copies of the outlier
+    chunks' rows in selective attention, then window and tail; in position, the group's segment lies between
+    sinks and window.
     """
 
     def __init__(self, group: GroupCache) -> None:
@@ -71,13 +73,16 @@ class LayerCache:
         self.basis_v: Array | None = None
         self.n_segment = 0
         """Rows of the group's segment that this layer still uses; trimming lowers it."""
+        self.landmarks: Landmarks | None = None
+        """Set where decode selects chunks."""
+        self.n_outlier_rows = 0
         self.rope_runs: list[RopeRun] = []
         """How the rows from position 0 on were rotated."""
 
     @property
     def offset(self) -> int:
         """Tokens seen."""
-        return self.n_segment + self.keys.n_rows
+        return self.n_segment + self.keys.n_rows - self.n_outlier_rows
 
     @property
     def is_compressed(self) -> bool:
@@ -134,8 +139,10 @@ class LayerCache:
         """
         n_tokens = min(n_tokens, self.offset)
         n_sinks = self.group.start if self.is_compressed else 0
-        from_tail = min(n_tokens, self.keys.n_rows - n_sinks)
+        from_tail = min(n_tokens, self.keys.n_rows - self.n_outlier_rows - n_sinks)
         from_segment = min(n_tokens - from_tail, self.n_segment)
+        if from_segment:
+            self._stop_selecting()
         self.n_segment -= from_segment
         for buffer in (self.keys, self.values):
             buffer.n_rows -= n_tokens - from_segment
@@ -144,7 +151,7 @@ class LayerCache:
 
     def dense(self) -> tuple[Array, Array]:
         """All keys and values, ``[B, n_kv_heads, offset, dim]``, rebuilt for this call only."""
-        keys, values = self.keys.rows, self.values.rows
+        keys, values = self.exact_rows()
         if not self.is_compressed:
             return keys, values
         start, segment = self.group.start, self.segment()
@@ -157,6 +164,28 @@ class LayerCache:
             join(keys, self.group.backend.reconstruct_keys(segment)),
             join(values, reconstruct(self.group.backend, segment.latent_v, segment.basis_v)),
         )
+
+    def exact_rows(self) -> tuple[Array, Array]:
+        """Dense keys and values that stand for no row of the segment."""
+        keys, values = self.keys.rows, self.values.rows
+        if not self.n_outlier_rows:
+            return keys, values
+        start, end = self.group.start, self.group.start + self.n_outlier_rows
+
+        def leave_out(rows: Array) -> Array:
+            return self.group.backend.xp.concat(
+                [rows[..., :start, :], rows[..., end:, :]], axis=-2
+            )
+
+        return leave_out(keys), leave_out(values)
+
+    def _stop_selecting(self) -> None:
+        """Attend to the whole segment from now on: its landmarks no longer fit a trimmed one."""
+        if self.landmarks is not None:
+            start, end = self.group.start, self.group.start + self.n_outlier_rows
+            for buffer in (self.keys, self.values):
+                buffer.replace(start, end)
+            self.landmarks, self.n_outlier_rows = None, 0
 
     def attend(self, queries: Array, scale: float, mask: Array | None) -> Array:
         """Attention of the newest tokens over the whole cache.
@@ -173,18 +202,35 @@ class LayerCache:
         if not self.is_compressed or queries.shape[-2] >= FUSED_QUERIES:
             keys, values = self.dense()
             return group.backend.attention(queries, keys, values, scale, mask)
+        if self.landmarks is not None and queries.shape[-2] == 1 and mask is None:
+            budget, chunk_size = group.cache.config.budget, self.landmarks.chunk_size
+            chunks = group.backend.select_chunks(queries, self.landmarks, budget, scale)
+            return group.backend.selected_attention(
+                queries,
+                self.segment(),
+                chunks,
+                chunk_size,
+                self.keys.rows,
+                self.values.rows,
+                scale,
+            )
         if mask is not None:
             start, end = group.start, group.start + self.n_segment
             parts = [mask[..., start:end], mask[..., :start], mask[..., end:]]
             mask = group.backend.xp.concat(parts, axis=-1)
-        return group.backend.lowrank_attention(
-            queries, self.segment(), self.keys.rows, self.values.rows, scale, mask
-        )
+        keys, values = self.exact_rows()
+        return group.backend.lowrank_attention(queries, self.segment(), keys, values, scale, mask)
 
     def arrays(self) -> list[Array]:
         """The arrays this layer holds, without the latents that its group shares."""
         held = [self.keys.allocated, self.values.allocated, self.basis_k, self.basis_v]
+        held += self.landmarks.held if self.landmarks is not None else ()
         return [x for x in held if x is not None]
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the same tokens in the full cache."""
+        return self.offset and self.offset * self.group.cache.shape(self).row_bytes
 
     @property
     def nbytes(self) -> int:
@@ -223,47 +269,75 @@ class GroupCache:
 
     def _compress(self, plan: RankPlan) -> None:
         began = time.perf_counter()
-        config, first = self.cache.config, self.layers[0]
-        start, end = config.sinks, first.offset - config.window
-        rank_k, rank_v = plan.for_group(self.cache.shape(first), len(self.layers), end - start)
-        runs = [layer.runs_between(start, end) for layer in self.layers]
-        self.latent_k, bases_k = self._factor(
-            [x.keys for x in self.layers], start, end, rank_k, runs
-        )
-        self.latent_v, bases_v = self._factor([x.values for x in self.layers], start, end, rank_v)
+        first, layout = self.layers[0], self.cache.config.layout(self.layers[0].offset)
+        self.start = self.cache.config.sinks
+        end = self.start + layout.n_rows
+        rank_k, rank_v = plan.for_group(self.cache.shape(first), len(self.layers), layout.n_rows)
+        keys, values = ([getattr(x, name) for x in self.layers] for name in ("keys", "values"))
+        runs = [layer.runs_between(self.start, end) for layer in self.layers]
+        self.latent_k, bases_k = self._factor(keys, end, rank_k, runs)
+        outliers: Sequence[Array | None] = [None] * len(self.layers)
+        if layout.is_selective:
+            outliers = [self._summarize(layer, end, layout.n_outliers) for layer in self.layers]
+        self._keep_dense(keys, end, outliers)
+        self.latent_v, bases_v = self._factor(values, end, rank_v)
+        self._keep_dense(values, end, outliers)
         for layer, basis_k, basis_v in zip(self.layers, bases_k, bases_v, strict=True):
-            layer.basis_k, layer.basis_v, layer.n_segment = basis_k, basis_v, end - start
-        self.start = start
+            layer.basis_k, layer.basis_v, layer.n_segment = basis_k, basis_v, layout.n_rows
         self.cache.factorize_seconds += time.perf_counter() - began
 
     def _factor(
         self,
         buffers: list[RowBuffer],
-        start: int,
         end: int,
         rank: int,
         rope_runs: list[tuple[RopeRun, ...]] | None = None,
     ) -> tuple[Array, list[Array]]:
-        """Factor the rows from ``start`` to ``end`` of every layer and take them out of the buffers."""
+        """Factor the rows from ``start`` to ``end`` of every layer: the latent and the bases."""
         backend, config = self.backend, self.cache.config
         xp, dtype = backend.xp, buffers[0].rows.dtype
         layers = []
         for i, buffer in enumerate(buffers):
             # float32 before the inverse rotation: 16-bit keys would be rounded twice
-            rows = xp.astype(buffer.rows[..., start:end, :], backend.accumulate_dtype(buffer.rows))
+            wide = backend.accumulate_dtype(buffer.rows)
+            rows = xp.astype(buffer.rows[..., self.start : end, :], wide)
             if rope_runs is not None:
-                rows = rope_rows(backend, rows, start, rope_runs[i], inverse=True)
+                rows = rope_rows(backend, rows, self.start, rope_runs[i], inverse=True)
             layers.append(xp.permute_dims(rows, (0, 2, 1, 3)))
         latent, bases, _ = factorize(
             backend, layers, rank, power_iterations=config.power_iterations, seed=config.seed
         )
         latent, *held = [xp.astype(x, dtype) for x in (latent, *bases)]
         backend.evaluate(latent, *held)
-        for buffer in buffers:
-            buffer.cut(start, end)
-            backend.evaluate(buffer.allocated)
         self.cache.report_progress()
         return latent, held
+
+    def _summarize(self, layer: LayerCache, end: int, n_outliers: int) -> Array:
+        """Make a layer's landmarks from its exact keys; returns the outlier rows' numbers."""
+        config = self.cache.config
+        layer.landmarks, outliers = make_landmarks(
+            self.backend,
+            layer.keys.rows[..., self.start : end, :],
+            config.chunk_size,
+            n_outliers,
+            config.landmark_bits,
+        )
+        self.backend.evaluate(*layer.landmarks.held)
+        layer.n_outlier_rows = n_outliers * config.chunk_size
+        return chunk_rows(self.backend, outliers, config.chunk_size) + self.start
+
+    def _keep_dense(
+        self, buffers: list[RowBuffer], end: int, outliers: Sequence[Array | None]
+    ) -> None:
+        """Free the segment's rows, but for copies of the outliers."""
+        for buffer, rows in zip(buffers, outliers, strict=True):
+            kept = []
+            if rows is not None:
+                kept.append(
+                    self.backend.xp.take_along_axis(buffer.rows, rows[..., None], axis=-2)
+                )
+            buffer.replace(self.start, end, kept)
+            self.backend.evaluate(buffer.allocated)
 
     def arrays(self) -> list[Array]:
         """The latents, counted once for the group."""
@@ -333,9 +407,8 @@ class LowRankCache:
             self.on_progress(self._n_factored, 2 * len(self.groups))
 
     def dense_bytes(self) -> int:
-        """Bytes that the grouped layers' tokens take in the full cache."""
-        layers = list(self.layers.values())
-        return sum(x.offset * self.shape(x).row_bytes for x in layers if x.offset)
+        """Bytes of the grouped layers' tokens in the full cache."""
+        return sum(layer.dense_bytes for layer in self.layers.values())
 
     def held_bytes(self) -> int:
         """Bytes of every array that the grouped layers hold, shared latents once."""

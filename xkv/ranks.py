@@ -15,6 +15,11 @@ def buffer_rows(n_rows: int) -> int:
     return -(-(n_rows + n_rows // 16) // ROW_STEP) * ROW_STEP
 
 
+def landmark_group_size(head_dim: int) -> int:
+    """Features that share a scale in quantized landmarks; 0 where MLX's layout cannot hold them."""
+    return next((size for size in (64, 32) if head_dim % size == 0), 0)
+
+
 @dataclass(frozen=True)
 class CacheShape:
     """What the size of a model's cache depends on.
@@ -39,6 +44,16 @@ class CacheShape:
     def row_bytes(self) -> int:
         """Dense bytes of one token in one layer."""
         return self.n_kv_heads * (self.key_dim + self.value_dim) * self.item_bytes
+
+    def landmark_bytes(self, config: XKVConfig, n_chunks: int) -> int:
+        """Bytes of one layer's landmarks and of the mark that says which chunks are outliers."""
+        group_size = landmark_group_size(self.key_dim)
+        if config.landmark_bits == 16 or not group_size:
+            per_chunk = self.key_dim * self.item_bytes
+        else:
+            per_chunk = self.key_dim * config.landmark_bits // 8
+            per_chunk += 2 * self.item_bytes * (self.key_dim // group_size)
+        return self.n_kv_heads * n_chunks * (per_chunk + 1)
 
     def dense_bytes(self, n_tokens: int) -> int:
         """Bytes of the same tokens in the full cache."""
@@ -72,9 +87,13 @@ class RankPlan:
 
     def held_bytes(self, shape: CacheShape, config: XKVConfig, n_tokens: int) -> int:
         """Bytes held after a prompt of ``n_tokens`` and one more token: factors and dense rows."""
-        n_rows = n_tokens - config.sinks - config.window
-        dense_rows = buffer_rows(config.sinks + config.window + 1)
-        total = sum(shape.group_sizes) * dense_rows * shape.row_bytes
+        layout = config.layout(n_tokens)
+        n_rows = layout.n_rows
+        outlier_rows = layout.n_outliers * config.chunk_size
+        layer_bytes = buffer_rows(n_tokens - n_rows + outlier_rows + 1) * shape.row_bytes
+        if layout.is_selective:
+            layer_bytes += shape.landmark_bytes(config, n_rows // config.chunk_size)
+        total = sum(shape.group_sizes) * layer_bytes
         total += shape.n_dense_layers * n_tokens * shape.row_bytes
         for n_layers in shape.group_sizes:
             rank_k, rank_v = self.for_group(shape, n_layers, n_rows)
@@ -97,8 +116,7 @@ def plan_ranks(shape: CacheShape, config: XKVConfig, n_tokens: int) -> RankPlan 
     Returns:
         The plan, or one sentence that says why the prompt stays dense.
     """
-    n_rows = n_tokens - config.sinks - config.window
-    if n_rows < 1:
+    if config.layout(n_tokens).n_rows < 1:
         return (
             f"kept dense: {n_tokens} tokens are not more than the {config.sinks} sinks "
             f"and {config.window} window tokens that always stay dense"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from xkv.attention import Segment, attend_parts, grouped_scores
+from xkv.ranks import landmark_group_size
 
 if TYPE_CHECKING:
     from xkv.backend import Array, Backend
@@ -13,8 +14,8 @@ if TYPE_CHECKING:
 class Landmarks(NamedTuple):
     """Summary keys of one layer's segment, ``C = L // chunk_size`` chunks a KV head.
 
-    ``arrays`` is ``([B, n_kv_heads, C, head_dim],)`` in the KV dtype with 16 ``bits``, otherwise MLX's affine
-    layout: packed integers, scales and biases, quantized in groups of ``group_size`` features.
+    ``arrays`` is ``([B, n_kv_heads, C, head_dim],)`` in the KV dtype with 16 ``bits``, otherwise MLX's
+    affine layout: packed integers, scales and biases, quantized in groups of ``group_size`` features.
     """
 
     arrays: tuple[Array, ...]
@@ -25,8 +26,9 @@ class Landmarks(NamedTuple):
     chunk_size: int
 
     @property
-    def n_chunks(self) -> int:
-        return self.is_outlier.shape[-1]
+    def held(self) -> tuple[Array, ...]:
+        """Every array."""
+        return (*self.arrays, self.is_outlier)
 
 
 def make_landmarks(
@@ -57,7 +59,7 @@ def make_landmarks(
     ids = xp.arange(n_chunks, **backend.placement)
     is_outlier = xp.any(outliers[..., None] == ids, axis=-2)
     means = xp.astype(means[..., 0, :], keys.dtype)
-    group_size = next((size for size in (64, 32) if head_dim % size == 0), 0)
+    group_size = landmark_group_size(head_dim)
     if bits == 16 or not group_size:
         return Landmarks((means,), 16, 0, is_outlier, chunk_size), outliers
     arrays = backend.quantize(means, group_size, bits)

@@ -1,10 +1,22 @@
 """xKV on PyTorch: the reference backend, the transformers cache and the generation engine."""
 
-from xkv.backends.torch_cuda.backend import TorchBackend
+from __future__ import annotations
 
-__all__ = ["TorchBackend", "make_backend"]
+from typing import Any
+
+from xkv.backends.torch_cuda.backend import TorchBackend
+from xkv.engine import Engine
+
+__all__ = ["TorchBackend", "load_engine", "make_backend"]
 
 
 def make_backend(device: str | None = None) -> TorchBackend:
     """The PyTorch backend on ``device`` (default: CUDA if there is one, else the CPU)."""
     return TorchBackend(device)
+
+
+def load_engine(model: str, **options: Any) -> Engine:
+    """See :func:`xkv.engine.load_engine`; imports transformers, which the backend does not need."""
+    from xkv.backends.torch_cuda import engine
+
+    return engine.load_engine(model, **options)

@@ -1,0 +1,159 @@
+"""Generation on PyTorch: transformers' own loading and ``generate``, with our cache underneath."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
+
+from xkv.backends.torch_cuda.backend import TorchBackend
+from xkv.backends.torch_cuda.cache import XKVLayer, make_cache, xkv_attention
+from xkv.config import XKVConfig
+from xkv.engine import Engine, Generation, Progress, Sampling, describe
+from xkv.errors import InputError
+
+
+class _Streamer(TextStreamer):
+    """Hands finished text to a callback instead of printing it."""
+
+    def __init__(self, tokenizer: Any, on_text: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._on_text = on_text
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._on_text(text)
+
+
+class TorchEngine(Engine):
+    """A model loaded by ``AutoModelForCausalLM``."""
+
+    def __init__(self, model: Any, tokenizer: Any, backend: TorchBackend) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.backend = backend
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prompt: Sequence[int],
+        config: XKVConfig | None,
+        sampling: Sampling,
+        *,
+        prefill_step_size: int = 2048,
+        on_text: Callable[[str], None] = lambda text: None,
+        on_progress: Progress = lambda phase, done, total: None,
+    ) -> Generation:
+        if config is None:
+            cache: Any = DynamicCache(config=self.model.config)
+        else:
+            cache = make_cache(
+                self.model,
+                config,
+                backend=self.backend,
+                on_progress=lambda done, total: on_progress("factorize", done, total),
+            )
+        if sampling.seed is not None:
+            torch.manual_seed(sampling.seed)
+        before = self.backend.active_memory()
+        self.backend.reset_peak_memory()
+        tokens = torch.tensor([list(prompt)], device=self.backend.device)
+        with xkv_attention(self.model) if config is not None else contextlib.nullcontext():
+            began = time.perf_counter()
+            self._prefill(tokens[:, :-1], cache, prefill_step_size, on_progress)
+            prefilled = time.perf_counter()
+            output = self.model.generate(
+                input_ids=tokens,
+                attention_mask=torch.ones_like(tokens),
+                past_key_values=cache,
+                streamer=_Streamer(self.tokenizer, on_text),
+                generation_config=self._generation_config(sampling),
+            )
+            self.backend.evaluate(output)
+            ended = time.perf_counter()
+        answer = output[0, tokens.shape[1] :].tolist()
+        n_generated = len(answer)
+        if answer and answer[-1] in self._end_tokens():
+            answer.pop()
+        layers = [layer for layer in cache.layers if isinstance(layer, XKVLayer)]
+        compressed = layers[0].layer.group.cache if layers else None
+        plain = sum(
+            layer.keys.nbytes + layer.values.nbytes
+            for layer in cache.layers
+            if not isinstance(layer, XKVLayer)
+        )
+        factorize_seconds = compressed.factorize_seconds if compressed else 0.0
+        del output, tokens
+        return Generation(
+            text=self.tokenizer.decode(answer, skip_special_tokens=True),
+            tokens=tuple(answer),
+            n_prompt=len(prompt),
+            prefill_seconds=prefilled - began,
+            factorize_seconds=factorize_seconds,
+            decode_tps=n_generated / (ended - prefilled - factorize_seconds),
+            peak_bytes=self.backend.peak_memory(),
+            dense_bytes=plain + (compressed.dense_bytes() if compressed else 0),
+            held_bytes=plain + (compressed.held_bytes() if compressed else 0),
+            allocated_bytes=self.backend.active_memory() - before,
+            notice=compressed.notice if compressed else None,
+            detail=describe(compressed) if compressed else None,
+        )
+
+    def _prefill(
+        self, tokens: torch.Tensor, cache: Any, step_size: int, on_progress: Progress
+    ) -> None:
+        """Run all but the last token through the model, as mlx-lm does."""
+        total = tokens.shape[1]
+        on_progress("prefill", 0, total)
+        for start in range(0, total, step_size):
+            piece = tokens[:, start : start + step_size]
+            self.model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self.backend.evaluate(piece)
+            on_progress("prefill", start + piece.shape[1], total)
+
+    def _generation_config(self, sampling: Sampling) -> transformers.GenerationConfig:
+        config = transformers.GenerationConfig(
+            max_new_tokens=sampling.max_tokens,
+            eos_token_id=self._end_tokens(),
+            pad_token_id=self.tokenizer.pad_token_id or self._end_tokens()[0],
+            do_sample=sampling.temp > 0,
+        )
+        if sampling.temp > 0:
+            config.temperature = sampling.temp
+            config.top_p = sampling.top_p or 1.0
+            config.min_p = sampling.min_p or None
+            config.top_k = sampling.top_k
+        return config
+
+    def _end_tokens(self) -> list[int]:
+        ends = self.model.generation_config.eos_token_id
+        if ends is None:
+            ends = self.tokenizer.eos_token_id
+        return ends if isinstance(ends, list) else [ends]
+
+
+def load_engine(model: str, *, trust_remote_code: bool = False, **options: Any) -> TorchEngine:
+    """Load a local directory or a Hugging Face repository with transformers.
+
+    Raises:
+        InputError: If there is no such model, or transformers does not know its type.
+    """
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise InputError(f"{model} has no config.json, so it is not a model directory")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    backend = TorchBackend(**options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model, dtype="auto", trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:  # what transformers raises for anything it cannot load
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"transformers cannot load {model}: {first_line}") from error
+    return TorchEngine(loaded.to(backend.device).eval(), tokenizer, backend)
