@@ -73,7 +73,7 @@ class KernelDispatch:
                 raise InputError(f"kernel {kernel.name} cannot run: {why_not}")
             if why_not not in self._told:
                 self._told.add(why_not)
-                logger.warning("%s runs on plain operations: %s", operation, why_not)
+                logger.warning("plain operations run (first in %s): %s", operation, why_not)
         self.last_path[operation] = "plain"
         return twin(*args)
 

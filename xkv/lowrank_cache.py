@@ -10,7 +10,7 @@ from xkv.attention import RopeRun, Segment, reconstruct, rope_rows
 from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.factorize import factorize
-from xkv.ranks import CacheShape, RankPlan, buffer_rows, plan_ranks
+from xkv.ranks import CacheShape, RankPlan, buffer_rows, check_ranks, plan_ranks
 from xkv.selection import Landmarks, chunk_rows, make_landmarks
 
 if TYPE_CHECKING:
@@ -98,12 +98,15 @@ class LayerCache:
             rope: What rotated the keys, None for no rotary embedding.
         """
         n_tokens = keys.shape[-2]
+        is_first = self.keys.allocated is None
         if n_tokens == 1:
             self.group.settle()
         else:
             self.group.is_settled = False
         self.keys.append(keys)
         self.values.append(values)
+        if is_first:
+            check_ranks(self.group.cache.shape(self), self.group.cache.config)
         if self.rope_runs and self.rope_runs[-1].spec == rope:
             n_tokens += self.rope_runs.pop().n_rows
         self.rope_runs.append(RopeRun(n_tokens, rope))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from xkv.config import Rank, XKVConfig
+from xkv.errors import InputError
 
 ROW_STEP = 16
 """Dense buffers grow by a multiple of this many rows."""
@@ -102,6 +103,22 @@ class RankPlan:
             elements += rank_v * (n_rows + width * shape.value_dim)
             total += elements * shape.item_bytes
         return total
+
+
+def check_ranks(shape: CacheShape, config: XKVConfig) -> None:
+    """Refuse ranks that no group of the model can have.
+
+    Raises:
+        InputError: If a rank is above the joint width of the largest group.
+    """
+    n_layers = max(shape.group_sizes)
+    for name, head_dim in (("rank_k", shape.key_dim), ("rank_v", shape.value_dim)):
+        rank, width = getattr(config, name), n_layers * shape.n_kv_heads * head_dim
+        if isinstance(rank, int) and rank > width:
+            raise InputError(
+                f"{name}={rank} exceeds the joint width {width} ({n_layers} layers x "
+                f"{shape.n_kv_heads} kv heads x {head_dim}); lower {name}"
+            )
 
 
 def plan_ranks(shape: CacheShape, config: XKVConfig, n_tokens: int) -> RankPlan | str:
