@@ -1,4 +1,4 @@
-"""The plain decode operations of MLX against the float64 reference, and the faults they must show."""
+"""The plain decode operations of MLX against the float64 reference, and planted faults."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from xkv.attention import RopeRun
 from xkv.backend import Backend
 from xkv.rope import RopeSpec
 from xkv.selection import chunk_rows, make_landmarks
+
 
 def dense(backend: Backend, x: DecodeInputs) -> Any:
     return backend.lowrank_attention(x.queries, x.segment, x.keys, x.values, x.scale)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -67,7 +69,7 @@ def test_factorize_error_never_rises_with_rank(name, ranks, n_tokens, decay, see
     joint = joint_matrix(layers)
     errors = [np.linalg.norm(product(layers, rank, name) - joint) for rank in ranks]
     slack = 1e-5 * np.linalg.norm(joint)
-    for lower, higher in zip(errors, errors[1:], strict=False):
+    for lower, higher in itertools.pairwise(errors):
         assert higher <= 1.02 * lower + slack
 
 
@@ -99,7 +101,9 @@ def test_factorize_takes_rank_deficient_layers(mlx_backend, fill):
 
 def test_factorize_batches_are_independent(mlx_backend):
     pairs = [make_layers(60, 1.0, seed) for seed in (4, 5)]
-    stacked = [mlx_backend.from_numpy(np.stack(x).astype(np.float32)) for x in zip(*pairs, strict=True)]
+    stacked = [
+        mlx_backend.from_numpy(np.stack(x).astype(np.float32)) for x in zip(*pairs, strict=True)
+    ]
     latent, bases, _ = factorize(mlx_backend, stacked, 9)
     for i, layers in enumerate(pairs):
         columns = [mlx_backend.to_numpy(basis)[i].reshape(9, -1) for basis in bases]

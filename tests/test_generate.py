@@ -84,7 +84,12 @@ def test_command_line_compares_with_the_full_cache(capsys):
     assert code == 0
     assert out.count(FACT.answer) == 2
     assert "answers are the same" in out
-    for line in (r"Prompt: \d+ tokens, ", r"Generation: \d+ tokens, ", "Factorization: ", "Peak mem"):
+    for line in (
+        r"Prompt: \d+ tokens, ",
+        r"Generation: \d+ tokens, ",
+        "Factorization: ",
+        "Peak mem",
+    ):
         assert re.search(f"^{line}", out, re.MULTILINE)
     ratio = re.search(r"KV cache: .* dense, .* held \((.*) x\)", out)
     assert float(ratio.group(1)) > 2.8
@@ -156,7 +161,7 @@ def test_models_that_cannot_be_compressed_are_refused_by_name(capsys, tmp_path, 
         (folder / "config.json").write_text(json.dumps({**config, **changes}))
     else:
         folder = write_checkpoint(tmp_path, MAMBA | changes if name == "state space" else changes)
-    code, out, err = run(capsys, "--model", str(folder), "--prompt", "hello there")
+    code, _, err = run(capsys, "--model", str(folder), "--prompt", "hello there")
     assert code == 2
     last = err.strip().splitlines()[-1]
     assert last.startswith("error: ") and words in last

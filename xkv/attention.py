@@ -1,4 +1,4 @@
-"""Decode attention over a low-rank segment and dense rows: the plain form of the fused operations."""
+"""Decode attention over a low-rank segment and dense rows: the plain form of fused operations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class RopeRun(NamedTuple):
-    """``n_rows`` consecutive rows that one spec rotated (a run is all rows, but for dynamic NTK)."""
+    """``n_rows`` consecutive rows that one spec rotated (all rows, but for dynamic NTK)."""
 
     n_rows: int
     spec: RopeSpec | None
@@ -81,8 +81,8 @@ def lowrank_attention(
         keys: ``[B, n_kv_heads, D, head_dim]``, rotated dense rows.
         values: ``[B, n_kv_heads, D, value_dim]``.
         scale: Factor on the scores.
-        mask: Boolean ``[..., Lq, L + D]`` over the segment's rows, then the dense ones; True attends.
-            None attends to all.
+        mask: Boolean ``[..., Lq, L + D]`` over the segment's rows, then the dense ones; True
+            attends. None attends to all.
 
     Returns:
         ``[B, n_heads, Lq, value_dim]`` in the queries' dtype; the softmax is in float32 or wider.
@@ -102,8 +102,8 @@ def grouped_scores(
 ) -> Array:
     """Scores over several arrays of keys, side by side.
 
-    Query heads that share a KV head are rows of one product: ``[B, n_kv_heads, n_heads // n_kv_heads *
-    Lq, rows]``, in float32 or wider.
+    Query heads that share a KV head are rows of one product: ``[B, n_kv_heads, n_heads //
+    n_kv_heads * Lq, rows]``, in float32 or wider.
     """
     xp = backend.xp
     grouped = xp.reshape(

@@ -1,8 +1,8 @@
 """What a framework must offer, and what every framework gets for free.
 
-The method is written once over the array API standard (``xp``). A backend adds what the standard has no
-word for; the fused operations at the end have bodies composed from the rest, which a backend may
-override with kernels.
+The method is written once over the array API standard (``xp``). A backend adds what the standard
+has no word for; the fused operations at the end have bodies composed from the rest, which a backend
+may override with kernels.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Backend(ABC):
 
     @abstractmethod
     def cholesky(self, x: Array) -> Array | None:
-        """Lower Cholesky factor of ``[..., k, k]``, or None if a matrix is not positive definite."""
+        """Lower Cholesky factor of ``[..., k, k]``, or None if one is not positive definite."""
 
     @abstractmethod
     def solve_triangular(self, lower: Array, right: Array) -> Array:
@@ -107,7 +107,7 @@ class Backend(ABC):
 
     @abstractmethod
     def quantize(self, x: Array, group_size: int, bits: int) -> tuple[Array, Array, Array]:
-        """MLX's affine layout: packed 32-bit words, scales and biases, by groups of the last axis."""
+        """MLX's affine layout: 32-bit words, scales and biases, by groups of the last axis."""
 
     @abstractmethod
     def dequantize(self, packed: tuple[Array, ...], group_size: int, bits: int) -> Array:
@@ -117,7 +117,7 @@ class Backend(ABC):
     def quantized_matmul(
         self, x: Array, packed: tuple[Array, ...], group_size: int, bits: int
     ) -> Array:
-        """``x @ dequantize(packed)^T``: ``[..., M, D]`` and packed ``[..., N, D]`` -> ``[..., M, N]``."""
+        """``x @ dequantize(packed)^T``: ``[..., M, D]`` and ``[..., N, D]`` -> ``[..., M, N]``."""
 
     @abstractmethod
     def active_memory(self) -> int:

@@ -32,8 +32,9 @@ class Layout:
 class XKVConfig:
     """How a KV cache is compressed.
 
-    Ranks come from exactly one of two places: ``rank_k`` and ``rank_v``, or ``compression``, which picks
-    them for the prompt's length from the byte formula (``xkv.ranks``). With neither, ``compression`` is 4.
+    Ranks come from exactly one of two places: ``rank_k`` and ``rank_v``, or ``compression``, which
+    picks them for the prompt's length from the byte formula (``xkv.ranks``). With neither,
+    ``compression`` is 4.
 
     Args:
         group_size: Consecutive layers that share one latent (W).
@@ -46,13 +47,14 @@ class XKVConfig:
         value_rank_ratio: rank_v / rank_k when ``compression`` picks the ranks.
         sinks: First tokens, kept dense.
         window: Last tokens of the prompt, kept dense.
-        attention: ``dense`` attends to every compressed row; ``selective`` to the ``budget`` rows that
-            matter most; ``auto`` is selective where the segment is longer than ``AUTO_BUDGETS`` budgets.
+        attention: ``dense`` attends to every compressed row; ``selective`` to the ``budget`` rows
+            that matter most; ``auto`` is selective where the segment is longer than
+            ``AUTO_BUDGETS`` budgets.
         budget: Tokens that a decode step reconstructs in selective attention.
         chunk_size: Tokens that are selected together.
         landmark_bits: 4, 8 or 16 bits for the chunks' summary keys.
-        outlier_chunks: Chunks a KV head that stay dense because their summary fits them least; None is
-            one in 170 (the paper's 48 at 65,536 tokens).
+        outlier_chunks: Chunks a KV head that stay dense because their summary fits them least; None
+            is one in 170 (the paper's 48 at 65,536 tokens).
         power_iterations: Subspace iterations of the factorization.
         seed: Seed of the factorization's random start.
 
@@ -105,7 +107,8 @@ class XKVConfig:
             raise InputError(f"attention={self.attention!r} must be auto, dense or selective")
         if self.chunk_size < 1 or self.budget < 1 or self.budget % self.chunk_size:
             raise InputError(
-                f"budget={self.budget} must be a multiple of chunk_size={self.chunk_size}, both above 0"
+                f"budget={self.budget} must be a multiple of chunk_size={self.chunk_size}, "
+                "both above 0"
             )
         if self.landmark_bits not in (4, 8, 16):
             raise InputError(f"landmark_bits={self.landmark_bits} must be 4, 8 or 16")

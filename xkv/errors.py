@@ -2,4 +2,4 @@
 
 
 class InputError(ValueError):
-    """A mistake in what was asked for: the message is one sentence that names it and the way out."""
+    """A mistake in what was asked for: one sentence that names it and the way out."""

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from xkv.backend import Array, Backend
 
 OVERSAMPLE_SHARE = 4
-"""The iteration carries ``rank // OVERSAMPLE_SHARE`` columns more (at least 8), dropped at the end."""
+"""The iteration carries ``rank // OVERSAMPLE_SHARE`` more columns, at least 8, and drops them."""
 
 
 class Factors(NamedTuple):
@@ -33,17 +33,19 @@ def factorize(
     """Factor one layer group's keys (or values) into a shared latent.
 
     Randomized subspace iteration: tall products on the accelerator, and only matrices of about
-    ``rank x rank`` in the Cholesky and eigenvalue routines. No matrix wider than one layer is built.
+    ``rank x rank`` in the Cholesky and eigenvalue routines. No matrix wider than one layer is
+    built.
 
     Args:
-        layers: One array per layer, ``[..., L, n_kv_heads, head_dim]``, any float dtype. Keys must be
-            pre-RoPE. Leading axes are batches, each with factors of its own.
+        layers: One array per layer, ``[..., L, n_kv_heads, head_dim]``, any float dtype. Keys must
+            be pre-RoPE. Leading axes are batches, each with factors of its own.
         rank: Columns to keep, 1 to ``len(layers) * n_kv_heads * head_dim``.
         power_iterations: More of them bring the error closer to the optimal truncation.
         seed: The random start is drawn by numpy, so it is the same on every backend.
 
     Returns:
-        latent: ``[..., L, rank]``, columns in order of falling singular value, in the layers' dtype.
+        latent: ``[..., L, rank]``, columns in order of falling singular value, in the layers'
+            dtype.
         bases: One per layer, ``[..., rank, n_kv_heads, head_dim]``. Only the product is defined.
         spectrum: ``[..., rank]`` float32 singular values (float64 for float64 layers).
 

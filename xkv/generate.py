@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable
 from dataclasses import fields
 
 from tqdm import tqdm
 
 from xkv.config import Rank, XKVConfig
-from xkv.engine import Engine, Generation, Sampling, load_engine
+from xkv.engine import Generation, Sampling, load_engine
 from xkv.errors import InputError
 from xkv.tiny import CHECKPOINT_DIR, make_document
 
@@ -115,6 +114,7 @@ def run(args: argparse.Namespace) -> None:
         args.backend,
         args.model or str(CHECKPOINT_DIR),
         trust_remote_code=args.trust_remote_code,
+        kernels=args.kernels,
     )
     tokens = engine.encode(
         prompt, system_prompt=args.system_prompt, use_chat_template=not args.ignore_chat_template
@@ -148,7 +148,9 @@ def config_from(args: argparse.Namespace) -> XKVConfig | None:
     """The configuration that the flags ask for; None with ``--group-size 0``."""
     names = {field.name for field in fields(XKVConfig)} & set(vars(args))
     if args.group_size == 0:
-        given = [f"--{x.replace('_', '-')}" for x in ("compression", "rank_k", "rank_v") if vars(args)[x]]
+        given = [
+            f"--{x.replace('_', '-')}" for x in ("compression", "rank_k", "rank_v") if vars(args)[x]
+        ]
         if given:
             raise InputError(
                 f"--group-size 0 runs the full cache, which {', '.join(given)} contradicts"

@@ -10,8 +10,8 @@ def make_groups(config: XKVConfig, n_layers: int) -> tuple[tuple[int, ...], ...]
     """Split a model's layers into groups that share a latent.
 
     Args:
-        config: ``groups`` is taken as it is; otherwise strides of ``group_size`` from ``first_layer`` to
-            ``last_layer``, the last of which may be shorter.
+        config: ``groups`` is taken as it is; otherwise strides of ``group_size`` from
+            ``first_layer`` to ``last_layer``, the last of which may be shorter.
         n_layers: Layers of the model.
 
     Returns:

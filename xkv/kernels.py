@@ -44,14 +44,22 @@ class KernelDispatch:
 
     Args:
         backend: Whose operations these are.
-        mode: ``auto`` logs once why a kernel does not run; ``on`` raises with that sentence; ``off`` never
-            runs a kernel.
+        mode: ``auto`` logs once why a kernel does not run; ``on`` raises with that sentence;
+            ``off`` never runs a kernel.
+        device_problem: A sentence that says why no kernel at all can run here, or None; asked
+            before any kernel, so that it is told once for all of them.
     """
 
-    def __init__(self, backend: Backend, mode: KernelMode = "auto") -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        mode: KernelMode = "auto",
+        device_problem: Callable[[], str | None] = lambda: None,
+    ) -> None:
         if mode not in ("auto", "on", "off"):
             raise InputError(f"kernels={mode!r} must be 'auto', 'on' or 'off'")
         self._backend = backend
+        self._device_problem = device_problem
         self.mode = mode
         self.last_path: dict[str, str] = {}
         """What ran last, by operation: the kernel's name or "plain"."""
@@ -65,7 +73,11 @@ class KernelDispatch:
             InputError: In mode ``on``, if the kernel cannot run.
         """
         if self.mode != "off":
-            why_not = kernel.why_not(*args) or self._verdict(kernel, twin, *args)
+            why_not = (
+                self._device_problem()
+                or kernel.why_not(*args)
+                or self._verdict(kernel, twin, *args)
+            )
             if why_not is None:
                 self.last_path[operation] = kernel.name
                 return kernel(*args)

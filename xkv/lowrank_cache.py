@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from xkv.rope import RopeSpec
 
 FUSED_QUERIES = 32
-"""From this many queries on (a later prompt), keys and values are rebuilt for one fused attention."""
+"""From this many queries on (a later prompt), one fused attention runs over rebuilt rows."""
 
 
 class RowBuffer:
@@ -60,9 +60,9 @@ class RowBuffer:
 class LayerCache:
     """One layer's part of a :class:`LowRankCache`.
 
-    Before compression every row is dense. Afterwards the dense rows are the sinks, copies of the outlier
-    chunks' rows in selective attention, then window and tail; in position, the group's segment lies between
-    sinks and window.
+    Before compression every row is dense. Afterwards the dense rows are the sinks, copies of the
+    outlier chunks' rows in selective attention, then window and tail; in position, the group's
+    segment lies between sinks and window.
     """
 
     def __init__(self, group: GroupCache) -> None:
@@ -114,6 +114,7 @@ class LayerCache:
     def segment(self) -> Segment:
         """The compressed rows, as the backend's operations take them."""
         group, n_rows = self.group, self.n_segment
+        assert group.latent_k is not None and group.latent_v is not None
         return Segment(
             group.latent_k[:, :n_rows],
             group.latent_v[:, :n_rows],
@@ -137,8 +138,8 @@ class LayerCache:
         """Forget the last ``n_tokens`` tokens.
 
         Returns:
-            How many were forgotten: all there are if there are fewer. Rows cut off a segment are no longer
-            used, but its latent keeps its size.
+            How many were forgotten: all there are if there are fewer. Rows cut off a segment are no
+            longer used, but its latent keeps its size.
         """
         n_tokens = min(n_tokens, self.offset)
         n_sinks = self.group.start if self.is_compressed else 0
@@ -176,9 +177,7 @@ class LayerCache:
         start, end = self.group.start, self.group.start + self.n_outlier_rows
 
         def leave_out(rows: Array) -> Array:
-            return self.group.backend.xp.concat(
-                [rows[..., :start, :], rows[..., end:, :]], axis=-2
-            )
+            return self.group.backend.xp.concat([rows[..., :start, :], rows[..., end:, :]], axis=-2)
 
         return leave_out(keys), leave_out(values)
 
@@ -336,9 +335,7 @@ class GroupCache:
         for buffer, rows in zip(buffers, outliers, strict=True):
             kept = []
             if rows is not None:
-                kept.append(
-                    self.backend.xp.take_along_axis(buffer.rows, rows[..., None], axis=-2)
-                )
+                kept.append(self.backend.xp.take_along_axis(buffer.rows, rows[..., None], axis=-2))
             buffer.replace(self.start, end, kept)
             self.backend.evaluate(buffer.allocated)
 

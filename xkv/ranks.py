@@ -76,8 +76,8 @@ class RankPlan:
     def for_group(self, shape: CacheShape, n_layers: int, n_rows: int) -> tuple[int, int]:
         """``(rank_k, rank_v)`` of a group of ``n_layers`` whose segment has ``n_rows`` tokens.
 
-        A rank above the number of rows or the joint width holds nothing more, but ``"full"`` is always
-        the joint width.
+        A rank above the number of rows or the joint width holds nothing more, but ``"full"`` is
+        always the joint width.
         """
 
         def clamp(rank: Rank, head_dim: int) -> int:
@@ -162,7 +162,8 @@ def plan_ranks(shape: CacheShape, config: XKVConfig, n_tokens: int) -> RankPlan 
             high = rank_k - 1
     if best is None:
         return (
-            f"kept dense: {n_tokens} tokens are too few for a compression of {config.compression:g} "
-            f"with {config.sinks + config.window} tokens dense and a basis in every group"
+            f"kept dense: {n_tokens} tokens are too few for a compression of "
+            f"{config.compression:g} with {config.sinks + config.window} tokens dense "
+            "and a basis in every group"
         )
     return best

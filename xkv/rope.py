@@ -14,7 +14,8 @@ class RopeSpec:
     """One layer's rotary embedding: feature pair i turns by ``position / freqs[i]`` radians.
 
     Args:
-        freqs: Positions per radian of each pair, ``dims // 2`` of them (``mx.fast.rope``'s convention).
+        freqs: Positions per radian of each pair, ``dims // 2`` of them (``mx.fast.rope``'s
+            convention).
         traditional: Pairs are neighbouring features; otherwise the halves of the first ``dims``.
         scale: Factor on the rotated features (YaRN and Su-scaled ropes; 1 elsewhere).
     """
@@ -71,7 +72,7 @@ Rope = RopeSpec | DynamicNTKRope
 
 
 def cos_sin(backend: Backend, positions: Array, spec: RopeSpec, dtype: Any) -> tuple[Array, Array]:
-    """Cosines and sines for integer ``positions`` ``[...]``: two ``[..., dims // 2]`` of ``dtype``."""
+    """Cosines and sines for integer ``positions`` ``[...]``: two of ``[..., dims // 2]``."""
     xp = backend.xp
     # float32: 16-bit angles drift past a few thousand positions
     inverse_freqs = 1.0 / backend.constant(spec.freqs, dtype)
@@ -90,7 +91,8 @@ def rotate(
         inverse: Undo the rotation and the spec's scale.
 
     Returns:
-        ``[..., L, head_dim]`` in the dtype of ``x``; arithmetic is in float32 (float64 for float64).
+        ``[..., L, head_dim]`` in the dtype of ``x``; arithmetic is in float32 (float64 for
+        float64).
     """
     xp = backend.xp
     dtype = backend.accumulate_dtype(x)

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 class Landmarks(NamedTuple):
     """Summary keys of one layer's segment, ``C = L // chunk_size`` chunks a KV head.
 
-    ``arrays`` is ``([B, n_kv_heads, C, head_dim],)`` in the KV dtype with 16 ``bits``, otherwise MLX's
-    affine layout: packed integers, scales and biases, quantized in groups of ``group_size`` features.
+    ``arrays`` is ``([B, n_kv_heads, C, head_dim],)`` in the KV dtype with 16 ``bits``, otherwise
+    MLX's affine layout: packed integers, scales and biases, quantized in groups of ``group_size``
+    features.
     """
 
     arrays: tuple[Array, ...]
@@ -82,8 +83,8 @@ def chunk_scores(backend: Backend, queries: Array, landmarks: Landmarks, scale: 
         scale: Factor on the products.
 
     Returns:
-        ``[B, n_kv_heads, C]`` float32 or wider: the largest softmax over the KV head's query heads, and
-        -1 for outlier chunks.
+        ``[B, n_kv_heads, C]`` float32 or wider: the largest softmax over the KV head's query heads,
+        and -1 for outlier chunks.
     """
     xp = backend.xp
     batch, n_heads, _, head_dim = queries.shape

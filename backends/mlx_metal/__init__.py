@@ -8,6 +8,7 @@ from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.cache import XKVCache, make_prompt_cache
 from xkv.backends.mlx_metal.seam import attention_seam
 from xkv.engine import Engine
+from xkv.kernels import KernelMode
 
 __all__ = [
     "MLXBackend",
@@ -19,9 +20,9 @@ __all__ = [
 ]
 
 
-def make_backend() -> MLXBackend:
+def make_backend(kernels: KernelMode = "auto") -> MLXBackend:
     """The MLX backend on the default device."""
-    return MLXBackend()
+    return MLXBackend(kernels)
 
 
 def load_engine(model: str, **options: Any) -> Engine:

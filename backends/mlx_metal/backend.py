@@ -8,17 +8,33 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from xkv.attention import Segment
 from xkv.backend import Array, Backend
+from xkv.backends.mlx_metal.kernels import (
+    chunk_scores,
+    common,
+    lowrank_attention,
+    reconstruct_rows,
+    selected_attention,
+)
+from xkv.kernels import KernelDispatch, KernelMode
 from xkv.rope import RopeSpec
+from xkv.selection import Landmarks
 
 
 class MLXBackend(Backend):
-    """MLX on its default device: Metal on a Mac, the CPU elsewhere."""
+    """MLX on its default device: Metal on a Mac, the CPU elsewhere.
+
+    Args:
+        kernels: Whether Metal kernels run, see :class:`xkv.kernels.KernelDispatch`.
+    """
 
     name = "mlx"
     xp = mx
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: KernelMode = "auto") -> None:
+        self.kernels = KernelDispatch(self, kernels, lambda: common.device_problem())
+        self._selected_attention = selected_attention.SelectedAttention(self)
         self._freqs: dict[RopeSpec, Array] = {}
 
     @property
@@ -53,7 +69,7 @@ class MLXBackend(Backend):
         # float64: the float32 routine mixes directions below 1e-3 of the largest
         wide = x.astype(mx.float64, stream=mx.cpu)
         values, vectors = mx.linalg.eigh(wide, stream=mx.cpu)
-        return tuple(y.astype(x.dtype, stream=mx.cpu) for y in (values, vectors))
+        return values.astype(x.dtype, stream=mx.cpu), vectors.astype(x.dtype, stream=mx.cpu)
 
     def attention(
         self, queries: Array, keys: Array, values: Array, scale: float, mask: Array | None
@@ -89,12 +105,16 @@ class MLXBackend(Backend):
         return words, scales, biases
 
     def dequantize(self, packed: tuple[Array, ...], group_size: int, bits: int) -> Array:
-        return mx.dequantize(*packed, group_size=group_size, bits=bits)
+        words, scales, biases = packed
+        return mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
 
     def quantized_matmul(
         self, x: Array, packed: tuple[Array, ...], group_size: int, bits: int
     ) -> Array:
-        return mx.quantized_matmul(x, *packed, transpose=True, group_size=group_size, bits=bits)
+        words, scales, biases = packed
+        return mx.quantized_matmul(
+            x, words, scales, biases, transpose=True, group_size=group_size, bits=bits
+        )
 
     def active_memory(self) -> int:
         gc.collect()
@@ -106,3 +126,46 @@ class MLXBackend(Backend):
 
     def reset_peak_memory(self) -> None:
         mx.reset_peak_memory()
+
+    def lowrank_attention(
+        self,
+        queries: Array,
+        segment: Segment,
+        keys: Array,
+        values: Array,
+        scale: float,
+        mask: Array | None = None,
+    ) -> Array:
+        return self.kernels.run(
+            "lowrank_attention",
+            lowrank_attention.KERNEL,
+            super().lowrank_attention,
+            *(queries, segment, keys, values, scale, mask),
+        )
+
+    def reconstruct_rows(self, segment: Segment, rows: Array) -> Array:
+        return self.kernels.run(
+            "reconstruct_rows", reconstruct_rows.KERNEL, super().reconstruct_rows, segment, rows
+        )
+
+    def chunk_scores(self, queries: Array, landmarks: Landmarks, scale: float) -> Array:
+        return self.kernels.run(
+            "chunk_scores", chunk_scores.KERNEL, super().chunk_scores, queries, landmarks, scale
+        )
+
+    def selected_attention(
+        self,
+        queries: Array,
+        segment: Segment,
+        chunks: Array,
+        chunk_size: int,
+        keys: Array,
+        values: Array,
+        scale: float,
+    ) -> Array:
+        return self.kernels.run(
+            "selected_attention",
+            self._selected_attention,
+            super().selected_attention,
+            *(queries, segment, chunks, chunk_size, keys, values, scale),
+        )

@@ -23,8 +23,8 @@ class XKVCache(mlx_cache._BaseCache):
     """One layer's cache, in place of mlx-lm's ``KVCache``.
 
     ``update_and_fetch`` returns dense keys and values that MLX has not computed yet. Under
-    :func:`xkv.backends.mlx_metal.attention_seam` they never are; a model that reaches its attention some
-    other way computes them and is still right, only slower.
+    :func:`xkv.backends.mlx_metal.attention_seam` they never are; a model that reaches its attention
+    some other way computes them and is still right, only slower.
     """
 
     def __init__(self, layer: LayerCache, rope: Rope | None) -> None:
@@ -34,7 +34,7 @@ class XKVCache(mlx_cache._BaseCache):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Take new tokens ``[B, n_kv_heads, L, head_dim]``; returns all tokens' keys and values."""
-        rope = self._rope and self._rope.at(self.offset + keys.shape[-2])
+        rope = None if self._rope is None else self._rope.at(self.offset + keys.shape[-2])
         self.layer.append(keys, values, rope)
         returned = self.layer.dense()
         self._returned = returned if self.layer.is_compressed else None
@@ -66,7 +66,7 @@ class XKVCache(mlx_cache._BaseCache):
     def empty(self) -> bool:
         return self.layer.offset == 0
 
-    def make_mask(self, N: int, **kwargs: Any) -> mx.array | str | None:  # noqa: N803
+    def make_mask(self, N: int, **kwargs: Any) -> mx.array | str | None:
         return mlx_cache.create_attention_mask(N, offset=self.offset, **kwargs)
 
     @property
@@ -107,8 +107,8 @@ def make_prompt_cache(
         on_progress: Called with (factorizations done, factorizations in all) after each.
 
     Returns:
-        One cache a layer, for ``prompt_cache=`` of mlx-lm's functions. Compression happens at the first
-        single token after a prompt.
+        One cache a layer, for ``prompt_cache=`` of mlx-lm's functions. Compression happens at the
+        first single token after a prompt.
 
     Raises:
         InputError: If a layer's cache or rotary embedding is of another kind, by name.
@@ -120,8 +120,8 @@ def make_prompt_cache(
     for layer_idx in grouped:
         if type(native[layer_idx]) is not mlx_cache.KVCache:
             raise InputError(
-                f"layer {layer_idx} uses {type(native[layer_idx]).__name__}, and only plain KVCache "
-                "layers can be compressed; use --group-size 0 to run with the full cache"
+                f"layer {layer_idx} uses {type(native[layer_idx]).__name__}, and only plain "
+                "KVCache layers can be compressed; use --group-size 0 to run with the full cache"
             )
     ropes = {layer_idx: find_rope(model.layers[layer_idx]) for layer_idx in grouped}
     cache = LowRankCache(

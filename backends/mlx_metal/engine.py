@@ -119,8 +119,10 @@ def _dense_bytes(layer: Any) -> int:
     if isinstance(layer, XKVCache):
         return layer.layer.dense_bytes
     rows = layer.keys.shape[-2] if getattr(layer, "keys", None) is not None else 0
-    return layer.nbytes * layer.offset // rows if rows and type(layer) is mlx_cache.KVCache else (
-        layer.nbytes
+    return (
+        layer.nbytes * layer.offset // rows
+        if rows and type(layer) is mlx_cache.KVCache
+        else (layer.nbytes)
     )
 
 

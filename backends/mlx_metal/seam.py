@@ -19,8 +19,9 @@ _NAME = "scaled_dot_product_attention"
 def attention_seam() -> Iterator[None]:
     """Let compressed caches compute attention themselves, in every loaded mlx-lm model.
 
-    Inside, ``scaled_dot_product_attention`` is rebound in ``mlx_lm.models.base`` and in every model module
-    that imported it; other caches' calls go to the original unchanged. Models must be loaded before.
+    Inside, ``scaled_dot_product_attention`` is rebound in ``mlx_lm.models.base`` and in every model
+    module that imported it; other caches' calls go to the original unchanged. Models must be loaded
+    before.
     """
     original = getattr(base, _NAME)
 

@@ -6,13 +6,14 @@ from typing import Any
 
 from xkv.backends.torch_cuda.backend import TorchBackend
 from xkv.engine import Engine
+from xkv.kernels import KernelMode
 
 __all__ = ["TorchBackend", "load_engine", "make_backend"]
 
 
-def make_backend(device: str | None = None) -> TorchBackend:
+def make_backend(device: str | None = None, kernels: KernelMode = "auto") -> TorchBackend:
     """The PyTorch backend on ``device`` (default: CUDA if there is one, else the CPU)."""
-    return TorchBackend(device)
+    return TorchBackend(device, kernels)
 
 
 def load_engine(model: str, **options: Any) -> Engine:

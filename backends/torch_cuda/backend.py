@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import resource
 import sys
 from typing import Any
@@ -11,18 +12,37 @@ import array_api_compat.torch as xp
 import numpy as np
 import torch
 
+from xkv.attention import Segment
 from xkv.backend import Array, Backend
+from xkv.backends.torch_cuda import kernels as triton_kernels
+from xkv.kernels import KernelDispatch, KernelMode
+from xkv.selection import Landmarks
+
+logger = logging.getLogger("xkv")
 
 
 class TorchBackend(Backend):
-    """PyTorch on one device."""
+    """PyTorch on one device.
+
+    Args:
+        device: Default: CUDA if there is one, else the CPU.
+        kernels: As in :class:`xkv.kernels.KernelDispatch`.
+    """
 
     name = "torch"
     xp = xp
 
-    def __init__(self, device: str | torch.device | None = None) -> None:
+    def __init__(
+        self, device: str | torch.device | None = None, kernels: KernelMode = "auto"
+    ) -> None:
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device or default)
+        reason = triton_kernels.why_no_kernels(self.device)
+        if kernels == "auto" and self.device.type != "cuda" and reason is not None:
+            # nothing is amiss: without a GPU these plain operations are what was asked for
+            logger.info("attention runs on plain operations: %s", reason)
+            kernels = "off"
+        self.kernels = KernelDispatch(self, kernels)
 
     @property
     def placement(self) -> dict[str, Any]:
@@ -117,3 +137,66 @@ class TorchBackend(Backend):
     def reset_peak_memory(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+
+    def lowrank_attention(
+        self,
+        queries: Array,
+        segment: Segment,
+        keys: Array,
+        values: Array,
+        scale: float,
+        mask: Array | None = None,
+    ) -> Array:
+        return self.kernels.run(
+            "lowrank_attention",
+            triton_kernels.LOWRANK_ATTENTION,
+            super().lowrank_attention,
+            queries,
+            segment,
+            keys,
+            values,
+            scale,
+            mask,
+        )
+
+    def reconstruct_rows(self, segment: Segment, rows: Array) -> Array:
+        return self.kernels.run(
+            "reconstruct_rows",
+            triton_kernels.RECONSTRUCT_ROWS,
+            super().reconstruct_rows,
+            segment,
+            rows,
+        )
+
+    def chunk_scores(self, queries: Array, landmarks: Landmarks, scale: float) -> Array:
+        return self.kernels.run(
+            "chunk_scores",
+            triton_kernels.CHUNK_SCORES,
+            super().chunk_scores,
+            queries,
+            landmarks,
+            scale,
+        )
+
+    def selected_attention(
+        self,
+        queries: Array,
+        segment: Segment,
+        chunks: Array,
+        chunk_size: int,
+        keys: Array,
+        values: Array,
+        scale: float,
+    ) -> Array:
+        return self.kernels.run(
+            "selected_attention",
+            triton_kernels.SELECTED_ATTENTION,
+            super().selected_attention,
+            queries,
+            segment,
+            chunks,
+            chunk_size,
+            keys,
+            values,
+            scale,
+        )

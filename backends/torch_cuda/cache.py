@@ -71,7 +71,7 @@ def attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention for :class:`transformers.AttentionInterface`; compressed layers compute their own."""
+    """Attention for transformers' ``AttentionInterface``; compressed layers compute their own."""
     if not isinstance(key, XKVLayer):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
@@ -121,15 +121,15 @@ def find_rope(model: PreTrainedModel) -> RopeSpec:
     if len(modules) != 1 or not isinstance(getattr(modules[0], "inv_freq", None), torch.Tensor):
         kinds = ", ".join(type(module).__name__ for module in modules) or "none"
         raise InputError(
-            f"{type(model).__name__} has {len(modules)} rotary embeddings ({kinds}), and exactly one "
-            "with fixed frequencies is supported; use --group-size 0 to run with the full cache"
+            f"{type(model).__name__} has {len(modules)} rotary embeddings ({kinds}), and exactly "
+            "one with fixed frequencies is supported; use --group-size 0 to run with the full cache"
         )
     rotary = modules[0]
     kind = getattr(rotary, "rope_type", "default")
     if "dynamic" in kind or kind == "longrope":
         raise InputError(
-            f"rotary embedding {type(rotary).__name__} of type {kind!r} changes with the length, which "
-            "is not supported on PyTorch; use --group-size 0, or --backend mlx"
+            f"rotary embedding {type(rotary).__name__} of type {kind!r} changes with the length, "
+            "which is not supported on PyTorch; use --group-size 0, or --backend mlx"
         )
     freqs = tuple((1.0 / rotary.inv_freq.double()).tolist())
     return RopeSpec(freqs, scale=float(getattr(rotary, "attention_scaling", 1.0)))
@@ -166,9 +166,7 @@ def make_cache(
             )
     rope = find_rope(model)
     backend = backend or TorchBackend(model.device)
-    cache = LowRankCache(
-        backend, config, groups, len(native) - sum(map(len, groups)), on_progress
-    )
+    cache = LowRankCache(backend, config, groups, len(native) - sum(map(len, groups)), on_progress)
     return Cache(
         layers=[
             XKVLayer(cache.layers[i], rope) if i in cache.layers else plain

@@ -157,6 +157,7 @@ def load_runtime() -> ctypes.CDLL:
     return runtime
 
 
+@functools.lru_cache(maxsize=256)
 def translate(text: KernelText, name: str) -> str:
     """The C++ translation unit of a kernel. Messages count the lines of `source` and `header`."""
     check_header(f"{name}.header", text.header)

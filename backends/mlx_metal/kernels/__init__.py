@@ -1,0 +1,1 @@
+"""Metal kernels through ``mx.fast.metal_kernel``, one operation a file."""
