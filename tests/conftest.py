@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
+import torch
 
 import xkv
+
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    with pytest.MonkeyPatch.context() as at_import:
+        # whether Triton's own library is interpreted is decided when anything first imports it
+        at_import.setenv("TRITON_INTERPRET", "1")
+        import triton.language  # noqa: F401
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

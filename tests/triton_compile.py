@@ -1,0 +1,75 @@
+"""Compile what each Triton kernel launches for Hopper, which needs no GPU; run as a script."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import xkv
+from xkv.attention import RopeRun
+from xkv.backends.torch_cuda import kernels as triton_kernels
+from xkv.selection import Landmarks
+
+
+def main() -> None:
+    """Print each kernel's shared memory in bytes; the arrays have no memory."""
+    from triton import compile as compile_source
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
+
+    kinds = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8", torch.int64: "i64"}
+
+    def launch(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        values = dict(zip(self.arg_names, args, strict=False))
+        values |= {name: options.pop(name) for name in self.arg_names if name in options}
+        signature, constants, hints = {}, {}, {}
+        for parameter in self.params:
+            value = values[parameter.name]
+            if parameter.is_constexpr:
+                constants[(parameter.num,)] = value
+                signature[parameter.name] = "constexpr"
+                continue
+            is_array = isinstance(value, torch.Tensor)
+            number = "fp32" if isinstance(value, float) else "i32"
+            signature[parameter.name] = "*" + kinds[value.dtype] if is_array else number
+            if is_array or value % 16 == 0:
+                hints[(parameter.num,)] = [["tt.divisibility", 16]]
+        source = ASTSource(self, signature, constants, hints)
+        compiled = compile_source(source, target=GPUTarget("cuda", 90, 32), options=options)
+        print(self.__name__, compiled.metadata.shared)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JITFunction, "run", launch)
+        meta = torch.device("meta")
+
+        def array(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=meta)
+
+        spec = xkv.RopeSpec.standard(128, 10_000.0)
+        segment = xkv.attention.Segment(
+            array(1, 4096, 384),
+            array(1, 4096, 576),
+            array(1, 384, 8, 128),
+            array(1, 576, 8, 128),
+            4,
+            (RopeRun(4096, spec),),
+        )
+        dense = array(1, 8, 256, 128), array(1, 8, 256, 128)
+        queries, chunks = array(1, 32, 1, 128), array(1, 8, 16, dtype=torch.int64)
+        packed = array(1, 8, 512, 32, dtype=torch.int32), *[array(1, 8, 512, 2)] * 2
+        landmarks = Landmarks(packed, 8, 64, array(1, 8, 512, dtype=torch.bool), 8)
+        launches = {
+            "reconstruct_rows": (segment, array(1, 8, 128, dtype=torch.int64)),
+            "selected_attention": (queries, segment, chunks, 8, *dense, 0.1),
+            "lowrank_attention": (queries, segment, *dense, 0.1),
+            "chunk_scores": (queries, landmarks, 0.1),
+        }
+        for name, args in launches.items():
+            triton_kernels.TritonKernel(name)(*args)
+
+
+if __name__ == "__main__":
+    main()
