@@ -124,8 +124,7 @@ def attend_parts(
         values: ``[B, n_kv_heads, D, value_dim]``, the other columns.
     """
     xp = backend.xp
-    weights = xp.exp(scores - xp.max(scores, axis=-1, keepdims=True))
-    weights = xp.astype(weights / xp.sum(weights, axis=-1, keepdims=True), queries.dtype)
+    weights = xp.astype(xp.softmax(scores, -1), queries.dtype)
     n_latent = latent_v.shape[-2]
     output = (weights[..., :n_latent] @ latent_v) @ xp.permute_dims(basis_v, (0, 2, 1, 3))
     output = output + weights[..., n_latent:] @ values

@@ -19,6 +19,7 @@ from xkv.errors import InputError
 
 if TYPE_CHECKING:
     from xkv.attention import Segment
+    from xkv.kernels import KernelDispatch
     from xkv.rope import RopeSpec
     from xkv.selection import Landmarks
 
@@ -61,11 +62,18 @@ class Backend(ABC):
     name: str
     xp: Any
     """The framework's array API namespace."""
+    kernels: KernelDispatch
+    """Decides where a kernel runs and where its plain twin."""
 
     @property
     @abstractmethod
     def placement(self) -> dict[str, Any]:
         """Keyword arguments with which ``xp`` creates arrays on this backend's device."""
+
+    @property
+    @abstractmethod
+    def device_name(self) -> str:
+        """What the arithmetic runs on, for people."""
 
     @abstractmethod
     def from_numpy(self, array: np.ndarray) -> Array:
@@ -103,7 +111,7 @@ class Backend(ABC):
 
     @abstractmethod
     def top_indices(self, scores: Array, count: int) -> Array:
-        """Where the ``count`` largest of the last axis are, in any order."""
+        """Where the ``count`` largest of the last axis are (all, if fewer), in any order."""
 
     @abstractmethod
     def quantize(self, x: Array, group_size: int, bits: int) -> tuple[Array, Array, Array]:

@@ -128,8 +128,11 @@ def describe(cache: Any) -> str:
         return "nothing compressed"
     widths = "+".join(str(len(group.layers)) for group in cache.groups)
     selective = any(layer.landmarks is not None for layer in cache.layers.values())
-    attention = f"selective, budget {cache.config.budget}" if selective else "dense"
-    return (
-        f"layers {widths}, rank_k {cache.ranks.rank_k}, rank_v {cache.ranks.rank_v}, "
-        f"{attention} attention"
-    )
+    attention = "dense attention"
+    if selective:
+        config = cache.config
+        attention = (
+            f"selective attention: {config.budget} tokens in chunks of {config.chunk_size}, "
+            f"{config.landmark_bits}-bit landmarks"
+        )
+    return f"layers {widths}, rank_k {cache.ranks.rank_k}, rank_v {cache.ranks.rank_v}, {attention}"

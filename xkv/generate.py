@@ -12,7 +12,7 @@ from tqdm import tqdm
 from xkv.config import Rank, XKVConfig
 from xkv.engine import Generation, Sampling, load_engine
 from xkv.errors import InputError
-from xkv.tiny import CHECKPOINT_DIR, make_document
+from xkv.tiny import CHECKPOINT_DIR, SELECTION, make_document
 
 BUILT_IN_SEED = 2024
 BUILT_IN_TOKENS = 3500
@@ -66,6 +66,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         ("landmark-bits", "bits of the chunks' summary keys: 4, 8 or 16"),
     ):
         default = getattr(XKVConfig, name.replace("-", "_"))
+        if name.replace("-", "_") in SELECTION:
+            text += f" (default: {default}; bundled model: {SELECTION[name.replace('-', '_')]})"
+            default = argparse.SUPPRESS
         cache.add_argument(f"--{name}", type=int, default=default, help=text)
     cache.add_argument(
         "--attention",
@@ -146,7 +149,8 @@ def run(args: argparse.Namespace) -> None:
 
 def config_from(args: argparse.Namespace) -> XKVConfig | None:
     """The configuration that the flags ask for; None with ``--group-size 0``."""
-    names = {field.name for field in fields(XKVConfig)} & set(vars(args))
+    chosen = {**({} if args.model else SELECTION), **vars(args)}
+    names = {field.name for field in fields(XKVConfig)} & set(chosen)
     if args.group_size == 0:
         given = [
             f"--{x.replace('_', '-')}" for x in ("compression", "rank_k", "rank_v") if vars(args)[x]
@@ -156,7 +160,7 @@ def config_from(args: argparse.Namespace) -> XKVConfig | None:
                 f"--group-size 0 runs the full cache, which {', '.join(given)} contradicts"
             )
         return None
-    return XKVConfig(**{name: vars(args)[name] for name in names})
+    return XKVConfig(**{name: chosen[name] for name in names})
 
 
 def report(result: Generation) -> str:

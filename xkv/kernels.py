@@ -59,7 +59,7 @@ class KernelDispatch:
         if mode not in ("auto", "on", "off"):
             raise InputError(f"kernels={mode!r} must be 'auto', 'on' or 'off'")
         self._backend = backend
-        self._device_problem = device_problem
+        self.device_problem = device_problem
         self.mode = mode
         self.last_path: dict[str, str] = {}
         """What ran last, by operation: the kernel's name or "plain"."""
@@ -74,9 +74,7 @@ class KernelDispatch:
         """
         if self.mode != "off":
             why_not = (
-                self._device_problem()
-                or kernel.why_not(*args)
-                or self._verdict(kernel, twin, *args)
+                self.device_problem() or kernel.why_not(*args) or self._verdict(kernel, twin, *args)
             )
             if why_not is None:
                 self.last_path[operation] = kernel.name
@@ -101,10 +99,7 @@ class KernelDispatch:
         sample = kernel.sample(self._backend, *args)
         try:
             got = self._backend.to_numpy(kernel(*sample)).astype(np.float64)
-        except (
-            RuntimeError,
-            ValueError,
-        ) as error:  # what MLX and Triton raise at compile or launch
+        except (RuntimeError, ValueError) as error:  # MLX and Triton, at compile or launch
             return f"kernel {kernel.name} failed: {error}"
         want = self._backend.to_numpy(twin(*sample)).astype(np.float64)
         error_size = np.linalg.norm(got - want) / np.linalg.norm(want)

@@ -80,6 +80,24 @@ def cos_sin(backend: Backend, positions: Array, spec: RopeSpec, dtype: Any) -> t
     return xp.cos(angles), xp.sin(angles)
 
 
+def run_cos_sin(
+    backend: Backend, starts: Array, run_length: int, spec: RopeSpec, dtype: Any
+) -> tuple[Array, Array]:
+    """:func:`cos_sin` of ``n * run_length`` rows: runs of consecutive positions from ``starts``.
+
+    One cosine and sine a run instead of a row, by the angle sum: plain operations spend most of a
+    rotation on them. It differs from the direct form by the rounding of an angle.
+    """
+    xp = backend.xp
+    cos, sin = (x[..., None, :] for x in cos_sin(backend, starts, spec, dtype))
+    step_cos, step_sin = cos_sin(backend, backend.positions(0, run_length), spec, dtype)
+    shape = (*starts.shape[:-1], starts.shape[-1] * run_length, len(spec.freqs))
+    return (
+        xp.reshape(cos * step_cos - sin * step_sin, shape),
+        xp.reshape(sin * step_cos + cos * step_sin, shape),
+    )
+
+
 def rotate(
     backend: Backend, x: Array, positions: Array, spec: RopeSpec, inverse: bool = False
 ) -> Array:
@@ -94,12 +112,18 @@ def rotate(
         ``[..., L, head_dim]`` in the dtype of ``x``; arithmetic is in float32 (float64 for
         float64).
     """
+    cos, sin = cos_sin(backend, positions, spec, backend.accumulate_dtype(x))
+    return turn(backend, x, cos, -sin if inverse else sin, spec, inverse)
+
+
+def turn(
+    backend: Backend, x: Array, cos: Array, sin: Array, spec: RopeSpec, inverse: bool = False
+) -> Array:
+    """:func:`rotate` by given cosines and sines, ``[..., L, dims // 2]``."""
     xp = backend.xp
-    dtype = backend.accumulate_dtype(x)
-    cos, sin = cos_sin(backend, positions, spec, dtype)
-    if inverse:
-        sin = -sin
-    turned = xp.astype(x[..., : spec.dims], dtype) * (1 / spec.scale if inverse else spec.scale)
+    scale = 1 / spec.scale if inverse else spec.scale
+    turned = xp.astype(x[..., : spec.dims], cos.dtype)
+    turned = turned if scale == 1 else turned * scale
     half = spec.dims // 2
     if spec.traditional:
         pairs = xp.reshape(turned, (*turned.shape[:-1], half, 2))

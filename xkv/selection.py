@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from xkv.attention import Segment, attend_parts, grouped_scores
 from xkv.ranks import landmark_group_size
+from xkv.rope import run_cos_sin, turn
 
 if TYPE_CHECKING:
     from xkv.backend import Array, Backend
@@ -97,8 +98,7 @@ def chunk_scores(backend: Backend, queries: Array, landmarks: Landmarks, scale: 
             grouped, landmarks.arrays, landmarks.group_size, landmarks.bits
         )
     products = xp.astype(products, backend.accumulate_dtype(queries))
-    weights = xp.exp(products - xp.max(products, axis=-1, keepdims=True))
-    weights = weights / xp.sum(weights, axis=-1, keepdims=True)
+    weights = xp.softmax(products, -1)
     return xp.where(landmarks.is_outlier, -1.0, xp.max(weights, axis=-2))
 
 
@@ -114,9 +114,11 @@ def take_rows(backend: Backend, latent: Array, rows: Array) -> Array:
     """Rows of a latent for each KV head: ``[B, L, r]`` -> ``[B, n_kv_heads, S, r]``."""
     xp = backend.xp
     batch, n_rows, rank = latent.shape
-    first = xp.arange(batch, **backend.placement)[:, None, None] * n_rows
-    flat = xp.reshape(xp.astype(rows, first.dtype) + first, (-1,))
-    taken = xp.take(xp.reshape(latent, (batch * n_rows, rank)), flat, axis=0)
+    if batch > 1:
+        first = xp.arange(batch, **backend.placement)[:, None, None] * n_rows
+        rows = xp.astype(rows, first.dtype) + first
+    flat = xp.reshape(latent, (batch * n_rows, rank))
+    taken = xp.take(flat, xp.reshape(rows, (-1,)), axis=0)
     return xp.reshape(taken, (*rows.shape, rank))
 
 
@@ -130,17 +132,24 @@ def reconstruct_rows(backend: Backend, segment: Segment, rows: Array) -> Array:
     Returns:
         ``[B, n_kv_heads, S, head_dim]``.
     """
+    return reconstruct_chunks(backend, segment, rows, 1)
+
+
+def reconstruct_chunks(backend: Backend, segment: Segment, chunks: Array, chunk_size: int) -> Array:
+    """:func:`reconstruct_rows` for all rows of chunks, ids ``[B, n_kv_heads, n]``."""
     xp = backend.xp
+    rows = chunk_rows(backend, chunks, chunk_size)
     taken = take_rows(backend, segment.latent_k, rows)
     keys = taken @ xp.permute_dims(segment.basis_k, (0, 2, 1, 3))
+    dtype, starts = backend.accumulate_dtype(keys), chunks * chunk_size + segment.start
     rotated, first = keys, 0
     for n_rows, spec in segment.rope_runs:
         if spec is not None:
-            turned = backend.rope(keys, rows + segment.start, spec)
+            cos, sin = run_cos_sin(backend, starts, chunk_size, spec, dtype)
+            turned = turn(backend, keys, cos, sin, spec)
             is_inside = ((rows >= first) & (rows < first + n_rows))[..., None]
-            rotated = (
-                turned if len(segment.rope_runs) == 1 else xp.where(is_inside, turned, rotated)
-            )
+            is_alone = len(segment.rope_runs) == 1
+            rotated = turned if is_alone else xp.where(is_inside, turned, rotated)
         first += n_rows
     return rotated
 
@@ -170,8 +179,7 @@ def selected_attention(
         ``[B, n_heads, 1, value_dim]``.
     """
     rows = chunk_rows(backend, chunks, chunk_size)
-    scores = grouped_scores(
-        backend, queries, [backend.reconstruct_rows(segment, rows), keys], scale
-    )
+    selected = reconstruct_chunks(backend, segment, chunks, chunk_size)
+    scores = grouped_scores(backend, queries, [selected, keys], scale)
     latent_v = take_rows(backend, segment.latent_v, rows)
     return attend_parts(backend, queries, scores, latent_v, segment.basis_v, values)

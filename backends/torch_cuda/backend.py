@@ -42,11 +42,19 @@ class TorchBackend(Backend):
             # nothing is amiss: without a GPU these plain operations are what was asked for
             logger.info("attention runs on plain operations: %s", reason)
             kernels = "off"
-        self.kernels = KernelDispatch(self, kernels)
+        self.kernels = KernelDispatch(
+            self, kernels, lambda: triton_kernels.why_no_kernels(self.device)
+        )
 
     @property
     def placement(self) -> dict[str, Any]:
         return {"device": self.device}
+
+    @property
+    def device_name(self) -> str:
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_name(self.device)
+        return self.device.type
 
     def from_numpy(self, array: np.ndarray) -> Array:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
@@ -81,6 +89,7 @@ class TorchBackend(Backend):
         )
 
     def top_indices(self, scores: Array, count: int) -> Array:
+        count = min(count, scores.shape[-1])
         return torch.topk(scores, count, dim=-1, sorted=False).indices
 
     def quantize(self, x: Array, group_size: int, bits: int) -> tuple[Array, Array, Array]:

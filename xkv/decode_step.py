@@ -1,0 +1,189 @@
+"""A synthetic decode step of one attention layer in three forms, checked and timed in turn."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from xkv.attention import RopeRun, Segment, reconstruct
+from xkv.config import XKVConfig
+from xkv.ranks import CacheShape
+from xkv.rope import RopeSpec
+from xkv.selection import Landmarks, make_landmarks
+
+if TYPE_CHECKING:
+    from xkv.backend import Array, Backend
+
+PARITY_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+"""Relative L2 error between two forms of the same attention, on plain operations too."""
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """One layer of a model and how its cache is compressed."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    rank_k: int
+    rank_v: int
+    budget: int
+    dtype: str
+    batch: int = 1
+    chunk_size: int = XKVConfig.chunk_size
+    landmark_bits: int = XKVConfig.landmark_bits
+    n_dense: int = XKVConfig.sinks + XKVConfig.window
+
+
+LLAMA_8B = StepShape(32, 8, 128, 384, 576, 2048, "bfloat16")
+"""Llama-3.1-8B in groups of 4 at the paper's ranks (8x at 64k tokens)."""
+BUNDLED = StepShape(4, 2, 64, 102, 154, 512, "float32")
+"""The bundled model in groups of 4 at about 4x."""
+
+
+class DecodeStep:
+    """The same random cache of ``n_tokens`` as dense rows, as factors, and with landmarks.
+
+    Args:
+        backend: Does the arithmetic.
+        shape: The layer.
+        n_tokens: Tokens in the cache, dense rows included.
+        seed: Of the random numbers.
+    """
+
+    def __init__(self, backend: Backend, shape: StepShape, n_tokens: int, seed: int = 0) -> None:
+        self.backend = backend
+        self.shape = shape
+        n_rows = (n_tokens - shape.n_dense) // shape.chunk_size * shape.chunk_size
+        self.n_rows, self.n_dense = n_rows, n_tokens - n_rows
+        batch, n_kv_heads, head_dim = shape.batch, shape.n_kv_heads, shape.head_dim
+        dense = (batch, n_kv_heads, self.n_dense, head_dim)
+        self.queries = self._draw((batch, shape.n_heads, 1, head_dim), seed, 2.0)
+        self.dense_keys, self.dense_values = (
+            self._draw(dense, seed + 1),
+            self._draw(dense, seed + 2),
+        )
+        self.segment = Segment(
+            self._draw((batch, n_rows, shape.rank_k), seed + 3),
+            self._draw((batch, n_rows, shape.rank_v), seed + 4),
+            self._draw((batch, shape.rank_k, n_kv_heads, head_dim), seed + 5, shape.rank_k**-0.5),
+            self._draw((batch, shape.rank_v, n_kv_heads, head_dim), seed + 6, shape.rank_v**-0.5),
+            0,
+            (RopeRun(n_rows, RopeSpec.standard(head_dim, 500_000.0)),),
+        )
+        self.scale = head_dim**-0.5
+        xp = backend.xp
+        segment_keys = backend.reconstruct_keys(self.segment)
+        segment_values = reconstruct(backend, self.segment.latent_v, self.segment.basis_v)
+        self.keys = backend.own(xp.concat([segment_keys, self.dense_keys], axis=-2))
+        self.values = backend.own(xp.concat([segment_values, self.dense_values], axis=-2))
+        self.landmarks: Landmarks = make_landmarks(
+            backend, segment_keys, shape.chunk_size, 0, shape.landmark_bits
+        )[0]
+        backend.evaluate(self.keys, self.values, *self.landmarks.held, *self.segment[:4])
+
+    def _draw(self, size: tuple[int, ...], seed: int, scale: float = 1.0) -> Array:
+        xp = self.backend.xp
+        return xp.astype(self.backend.normal(size, seed) * scale, getattr(xp, self.shape.dtype))
+
+    def full(self) -> Array:
+        """The framework's attention over the full cache."""
+        return self.backend.attention(self.queries, self.keys, self.values, self.scale, None)
+
+    def dense(self) -> Array:
+        """Attention over every row of the factors."""
+        return self.backend.lowrank_attention(
+            self.queries, self.segment, self.dense_keys, self.dense_values, self.scale
+        )
+
+    def selective(self, budget: int | None = None) -> Array:
+        """Selection and attention over the selected rows."""
+        chunks = self.backend.select_chunks(
+            self.queries, self.landmarks, budget or self.shape.budget, self.scale
+        )
+        return self.backend.selected_attention(
+            self.queries,
+            self.segment,
+            chunks,
+            self.shape.chunk_size,
+            self.dense_keys,
+            self.dense_values,
+            self.scale,
+        )
+
+    def forms(self) -> dict[str, Callable[[], Array]]:
+        """The steps to compare, by name."""
+        return {"full": self.full, "dense low-rank": self.dense, "selective": self.selective}
+
+    def moved_bytes(self) -> dict[str, int]:
+        """Bytes that each form has to read at least, by name."""
+        shape = self.shape
+        item = 4 if shape.dtype == "float32" else 2
+        cache = CacheShape((1,), shape.n_kv_heads, shape.head_dim, shape.head_dim, item)
+        width = shape.n_kv_heads * shape.head_dim
+        rank = shape.rank_k + shape.rank_v
+        fixed = self.n_dense * cache.row_bytes + rank * width * item
+        config = XKVConfig(landmark_bits=shape.landmark_bits, chunk_size=shape.chunk_size)  # type: ignore[arg-type]
+        landmarks = cache.landmark_bytes(config, self.n_rows // shape.chunk_size)
+        selected = min(shape.budget, self.n_rows) * shape.n_kv_heads * rank * item
+        return {
+            "full": shape.batch * (self.n_rows + self.n_dense) * cache.row_bytes,
+            "dense low-rank": shape.batch * (self.n_rows * rank * item + fixed),
+            "selective": shape.batch * (landmarks + selected + fixed),
+        }
+
+    def parity(self) -> str | None:
+        """Whether the forms agree where they must; a sentence if they do not.
+
+        Every row attended to, dense low-rank and selective attention are attention over the full
+        cache. Meant for short caches: it selects every chunk.
+        """
+
+        def numbers(x: Any) -> np.ndarray:
+            return self.backend.to_numpy(x).astype(np.float64)
+
+        want = numbers(self.full())
+        for name, got in (
+            ("dense low-rank", self.dense()),
+            ("selective", self.selective(self.n_rows)),
+        ):
+            error = np.linalg.norm(numbers(got) - want) / np.linalg.norm(want)
+            if not error <= PARITY_TOLERANCE[self.shape.dtype]:
+                return (
+                    f"{name} attention differs from full attention by {error:.1e} "
+                    f"({self.shape.dtype}, {self.n_rows + self.n_dense} tokens; "
+                    f"allowed {PARITY_TOLERANCE[self.shape.dtype]:.0e})"
+                )
+        return None
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one step: the median and the middle half's ends."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+
+
+def time_alternating(
+    backend: Backend, forms: Mapping[str, Callable[[], Array]], n_runs: int
+) -> dict[str, Timing]:
+    """Time several functions in turn, after one warm-up of each; the device is synchronized."""
+    samples: dict[str, list[float]] = {name: [] for name in forms}
+    for run in range(n_runs + 1):
+        for name, form in forms.items():
+            began = time.perf_counter()
+            backend.evaluate(form())
+            if run:
+                samples[name].append((time.perf_counter() - began) * 1e3)
+    timings = {}
+    for name, times in samples.items():
+        low, _, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+        timings[name] = Timing(statistics.median(times), low, high)
+    return timings
