@@ -61,6 +61,7 @@ def test_compressed_cache_answers_the_same(engine, full_cache, config):
     assert {phase for phase, *_ in progress} == {"prefill", "factorize"}
     assert result.notice is None and result.factorize_seconds > 0
     if config is not EXACT:
+        assert ("MB of what is held" in result.detail) == (config.attention == "selective")
         assert result.dense_bytes / result.held_bytes > 2.8
         assert result.allocated_bytes == pytest.approx(result.held_bytes, rel=0.05)
 

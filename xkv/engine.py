@@ -10,6 +10,7 @@ from typing import Any
 from xkv.backend import load_backend_module
 from xkv.config import XKVConfig
 from xkv.errors import InputError
+from xkv.lowrank_cache import LowRankCache
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase ("prefill" or "factorize"), units done and units in all."""
@@ -122,17 +123,16 @@ def load_engine(backend: str, model: str, **options: Any) -> Engine:
     return load_backend_module(backend).load_engine(model, **options)
 
 
-def describe(cache: Any) -> str:
-    """Ranks and attention of a compressed :class:`xkv.lowrank_cache.LowRankCache`, for people."""
+def describe(cache: LowRankCache) -> str:
+    """Ranks and attention of a compressed cache, for people."""
     if cache.ranks is None:
         return "nothing compressed"
     widths = "+".join(str(len(group.layers)) for group in cache.groups)
-    selective = any(layer.landmarks is not None for layer in cache.layers.values())
-    attention = "dense attention"
-    if selective:
-        config = cache.config
+    config, attention = cache.config, "dense attention"
+    selection = sum(layer.selection_bytes for layer in cache.layers.values())
+    if selection:
         attention = (
             f"selective attention: {config.budget} tokens in chunks of {config.chunk_size}, "
-            f"{config.landmark_bits}-bit landmarks"
+            f"{config.landmark_bits}-bit landmarks, {selection / 1e6:.3f} MB of what is held"
         )
     return f"layers {widths}, rank_k {cache.ranks.rank_k}, rank_v {cache.ranks.rank_v}, {attention}"

@@ -230,6 +230,14 @@ class LayerCache:
         return [x for x in held if x is not None]
 
     @property
+    def selection_bytes(self) -> int:
+        """The part of the bytes held that selective attention needs: landmarks and outlier rows."""
+        if self.landmarks is None:
+            return 0
+        outliers = self.n_outlier_rows * self.group.cache.shape(self).row_bytes
+        return outliers + sum(x.nbytes for x in self.landmarks.held)
+
+    @property
     def dense_bytes(self) -> int:
         """Bytes of the same tokens in the full cache."""
         return self.offset and self.offset * self.group.cache.shape(self).row_bytes
