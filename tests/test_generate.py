@@ -124,7 +124,7 @@ def test_short_prompt_stays_dense_and_the_output_says_so(capsys):
         (["--compression", "0.5"], "compression=0.5 must be above 1"),
         (["--group-size", "0", "--compression", "4"], "contradicts"),
         (["--group-size", "-1"], "group_size=-1"),
-        (["--budget", "100"], "multiple of chunk_size=8"),
+        (["--budget", "101"], "multiple of chunk_size=2"),
         (["--max-tokens", "0"], "--max-tokens 0"),
         (["--prefill-step-size", "0"], "--prefill-step-size 0"),
     ],
@@ -174,6 +174,17 @@ MAMBA = {
     "time_step_rank": 4,
     "intermediate_size": 64,
 }
+
+
+@pytest.mark.parametrize("backend", ["mlx", "torch"])
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_broken_checkpoint_is_one_sentence(capsys, tmp_path, backend, name):
+    folder = write_checkpoint(tmp_path, ARCHITECTURES["llama"])
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(whole[: len(whole) // 2])
+    code, _, err = run(capsys, "--backend", backend, "--model", str(folder), "--prompt", "hello")
+    assert code == 2
+    assert "cannot load" in err.strip().splitlines()[-1]
 
 
 def test_model_that_is_not_there_is_one_sentence(capsys, tmp_path):

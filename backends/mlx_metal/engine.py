@@ -104,12 +104,13 @@ def load_engine(model: str, *, trust_remote_code: bool = False, **options: Any) 
     tokenizer_config = {"trust_remote_code": True} if trust_remote_code else {}
     try:
         loaded, tokenizer, *_ = mlx_lm.load(model, tokenizer_config=tokenizer_config)
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, FileNotFoundError) as error:
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"model {model!r} is neither a directory nor a repository that can be reached: "
             f"{_first_line(error)}"
         ) from error
-    except ValueError as error:  # unknown model types and missing or surplus weights
+    # unknown types, weights missing or too many, a config without a field, a broken file
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise InputError(f"mlx-lm cannot load {model}: {_first_line(error)}") from error
     return MLXEngine(loaded, tokenizer, MLXBackend(**options))
 

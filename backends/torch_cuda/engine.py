@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
 
 from xkv.backends.torch_cuda.backend import TorchBackend
@@ -153,7 +154,8 @@ def load_engine(model: str, *, trust_remote_code: bool = False, **options: Any) 
         loaded = AutoModelForCausalLM.from_pretrained(
             model, dtype="auto", trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError) as error:  # what transformers raises for anything it cannot load
+    # what transformers and safetensors raise for anything they cannot load
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"transformers cannot load {model}: {first_line}") from error
     return TorchEngine(loaded.to(backend.device).eval(), tokenizer, backend)
