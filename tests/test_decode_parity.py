@@ -166,6 +166,15 @@ def test_select_chunks_finds_the_chunk_that_holds_the_peak(plain_mlx):
     assert 77 in np.array(chunks)[0, 0]
 
 
+def test_outlier_is_the_chunk_whose_keys_resemble_their_mean_least(plain_mlx):
+    keys = np.ones((1, 2, 64, 32), dtype=np.float32)
+    keys[0, 0, 21] = -1  # chunk 2 of KV head 0
+    keys[0, 1, 56] = -1  # chunk 7 of KV head 1
+    landmarks, outliers = make_landmarks(plain_mlx, plain_mlx.from_numpy(keys), CHUNK_SIZE, 1, 8)
+    assert np.array(outliers).ravel().tolist() == [2, 7]
+    assert np.argwhere(np.array(landmarks.is_outlier[0])).tolist() == [[0, 2], [1, 7]]
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_quantized_words_are_the_same_bits_on_both_backends(plain_mlx, reference, bits, dtype):

@@ -7,7 +7,13 @@ import torch
 import transformers
 
 from xkv import InputError, XKVConfig
-from xkv.backends.torch_cuda.cache import ATTENTION, XKVLayer, make_cache, xkv_attention
+from xkv.backends.torch_cuda.cache import (
+    ATTENTION,
+    XKVLayer,
+    attention_forward,
+    make_cache,
+    xkv_attention,
+)
 
 EXACT = {"rank_k": "full", "rank_v": "full", "window": 16}
 TINY = {
@@ -97,6 +103,23 @@ def test_later_turns_and_crop_are_exact():
             model(prompt[:, 90:91], past_key_values=each).logits for each in (cache, native)
         )
         torch.testing.assert_close(got, want)
+
+
+def test_attention_without_a_mask_is_causal():
+    model = make_model("llama")
+    cache = make_cache(model, XKVConfig(**EXACT))
+    torch.manual_seed(3)
+    with xkv_attention(model), torch.no_grad():
+        model(torch.randint(3, 200, (1, 100)), past_key_values=cache)
+        model(torch.tensor([[5]]), past_key_values=cache)
+    layer, queries = cache.layers[0], torch.randn(1, 4, 3, 16, dtype=torch.float64)
+    is_seen = torch.ones(3, 101, dtype=torch.bool).tril(98)
+    got, want = (
+        attention_forward(model, queries, layer, layer, mask)[0] for mask in (None, is_seen)
+    )
+    torch.testing.assert_close(got, want)
+    everything, _ = attention_forward(model, queries, layer, layer, is_seen | True)
+    assert not torch.allclose(got, everything)
 
 
 def test_sliding_window_layers_are_refused_by_name():
