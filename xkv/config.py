@@ -10,7 +10,11 @@ from xkv.errors import InputError
 Rank = int | Literal["full"]
 
 AUTO_BUDGETS = 4
-"""Segments longer than this many budgets are attended to selectively by ``attention="auto"``."""
+"""Segments longer than this many budgets are attended to selectively by ``attention="auto"``.
+
+``scripts/bench_decode.py`` on the CPU, budget 512: dense attention, which is exact over the
+factors, costs 1.5 times selective at 2 budgets, 2.6 times at 4 and 4.1 times at 8.
+"""
 
 
 @dataclass(frozen=True)
