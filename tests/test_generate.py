@@ -126,7 +126,7 @@ def test_short_prompt_stays_dense_and_the_output_says_so(capsys):
         (["--group-size", "-1"], "group_size=-1"),
         (["--budget", "101"], "multiple of chunk_size=2"),
         (["--max-tokens", "0"], "--max-tokens 0"),
-        (["--prefill-step-size", "0"], "--prefill-step-size 0"),
+        (["--prefill-step-size", "16"], "--prefill-step-size 16 must be above 16"),
     ],
 )
 def test_bad_flags_are_one_sentence_and_exit_code_2(capsys, flags, words):

@@ -169,6 +169,7 @@ def test_speculative_decoding_gives_the_same_tokens(llama):
             mx.array(PROMPT), llama, llama, max_tokens=12, prompt_cache=cache, num_draft_tokens=3
         )
         assert [token for token, *_ in steps] == want
+    assert cache[0].layer.is_compressed
 
 
 def test_deepcopy_shares_no_state_but_gives_the_same_logits(llama):
@@ -190,6 +191,16 @@ def test_short_prompt_stays_dense_and_says_so(llama):
         )
     assert not cache[0].layer.is_compressed
     assert "kept dense: 49 tokens" in cache[0].layer.group.cache.notice
+
+
+def test_budget_that_covers_everything_is_dense_attention_and_says_so(llama):
+    config = XKVConfig(**EXACT, attention="selective", budget=4096)
+    cache, native = make_prompt_cache(llama, config), make_native_cache(llama)
+    with attention_seam():
+        np.testing.assert_allclose(
+            logits_after(llama, cache), logits_after(llama, native), atol=1e-4
+        )
+    assert "budget=4096 covers all" in cache[0].layer.group.cache.notice
 
 
 def test_layers_outside_the_groups_keep_their_native_cache(llama):

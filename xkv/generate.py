@@ -12,6 +12,7 @@ from tqdm import tqdm
 from xkv.config import Rank, XKVConfig
 from xkv.engine import Generation, Sampling, load_engine
 from xkv.errors import InputError
+from xkv.lowrank_cache import DECODE_TOKENS
 from xkv.tiny import CHECKPOINT_DIR, SELECTION, make_document
 
 BUILT_IN_SEED = 2024
@@ -233,8 +234,11 @@ def _sampling_from(args: argparse.Namespace) -> Sampling:
     sampling = Sampling(**{field.name: vars(args)[field.name] for field in fields(Sampling)})
     if sampling.max_tokens < 1:
         raise InputError(f"--max-tokens {sampling.max_tokens} must be at least 1")
-    if args.prefill_step_size < 1:
-        raise InputError(f"--prefill-step-size {args.prefill_step_size} must be at least 1")
+    if args.prefill_step_size <= DECODE_TOKENS:
+        raise InputError(
+            f"--prefill-step-size {args.prefill_step_size} must be above {DECODE_TOKENS}: "
+            "smaller calls count as decoding"
+        )
     return sampling
 
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from xkv.backend import Array, Backend
     from xkv.rope import RopeSpec
 
+DECODE_TOKENS = 16
+"""A call of at most this many tokens (one, or a draft to verify) means that the prompt is over."""
+
 FUSED_QUERIES = 32
 """From this many queries on (a later prompt), one fused attention runs over rebuilt rows."""
 
@@ -90,7 +93,7 @@ class LayerCache:
         return self.n_segment > 0
 
     def append(self, keys: Array, values: Array, rope: RopeSpec | None) -> None:
-        """Take new tokens; the first single token after a prompt compresses the group.
+        """Take new tokens; the first few after a prompt (``DECODE_TOKENS``) compress the group.
 
         Args:
             keys: ``[B, n_kv_heads, L, head_dim]``, rotated.
@@ -99,7 +102,7 @@ class LayerCache:
         """
         n_tokens = keys.shape[-2]
         is_first = self.keys.allocated is None
-        if n_tokens == 1:
+        if n_tokens <= DECODE_TOKENS:
             self.group.settle()
         else:
             self.group.is_settled = False
@@ -114,10 +117,13 @@ class LayerCache:
     def segment(self) -> Segment:
         """The compressed rows, as the backend's operations take them."""
         group, n_rows = self.group, self.n_segment
-        assert group.latent_k is not None and group.latent_v is not None
+        latent_k, latent_v = group.latent_k, group.latent_v
+        assert latent_k is not None and latent_v is not None
+        if n_rows < latent_k.shape[1]:
+            latent_k, latent_v = latent_k[:, :n_rows], latent_v[:, :n_rows]
         return Segment(
-            group.latent_k[:, :n_rows],
-            group.latent_v[:, :n_rows],
+            latent_k,
+            latent_v,
             self.basis_k,
             self.basis_v,
             group.start,
@@ -382,7 +388,7 @@ class LowRankCache:
         }
         self.on_progress = on_progress
         self.notice: str | None = None
-        """Why the prompt stayed dense, in a sentence."""
+        """What was not done as asked, in a sentence."""
         self.ranks: RankPlan | None = None
         """The ranks that were used."""
         self.factorize_seconds = 0.0
@@ -407,6 +413,11 @@ class LowRankCache:
             self.notice = plan
             return None
         self.notice, self.ranks = None, plan
+        if self.config.attention == "selective" and not self.config.layout(n_tokens).is_selective:
+            self.notice = (
+                f"attention is dense, which is exact over the factors: budget={self.config.budget} "
+                f"covers all that is compressed of {n_tokens} tokens"
+            )
         return plan
 
     def report_progress(self) -> None:

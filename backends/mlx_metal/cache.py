@@ -108,7 +108,7 @@ def make_prompt_cache(
 
     Returns:
         One cache a layer, for ``prompt_cache=`` of mlx-lm's functions. Compression happens at the
-        first single token after a prompt.
+        first call of few tokens after a prompt (``xkv.lowrank_cache.DECODE_TOKENS``).
 
     Raises:
         InputError: If a layer's cache or rotary embedding is of another kind, by name.
