@@ -12,7 +12,7 @@ from tqdm import tqdm
 from xkv.config import Rank, XKVConfig
 from xkv.engine import Generation, Sampling, load_engine
 from xkv.errors import InputError
-from xkv.lowrank_cache import DECODE_TOKENS
+from xkv.layer_cache import DECODE_TOKENS
 from xkv.tiny import CHECKPOINT_DIR, SELECTION, make_document
 
 BUILT_IN_SEED = 2024

@@ -15,7 +15,8 @@ from xkv.backends.mlx_metal.ropes import find_rope
 from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.grouping import make_groups
-from xkv.lowrank_cache import LayerCache, LowRankCache
+from xkv.layer_cache import LayerCache
+from xkv.lowrank_cache import LowRankCache
 from xkv.rope import Rope
 
 
@@ -49,7 +50,7 @@ class XKVCache(mlx_cache._BaseCache):
         return mine
 
     def attend(self, queries: mx.array, scale: float, mask: mx.array | str | None) -> mx.array:
-        """Attention from the compressed form, see :meth:`xkv.lowrank_cache.LayerCache.attend`."""
+        """Attention from the compressed form, see :meth:`xkv.layer_cache.LayerCache.attend`."""
         n_queries = queries.shape[-2]
         if isinstance(mask, str):
             mask = create_causal_mask(n_queries, self.offset - n_queries)
@@ -108,7 +109,7 @@ def make_prompt_cache(
 
     Returns:
         One cache a layer, for ``prompt_cache=`` of mlx-lm's functions. Compression happens at the
-        first call of few tokens after a prompt (``xkv.lowrank_cache.DECODE_TOKENS``).
+        first call of few tokens after a prompt (``xkv.layer_cache.DECODE_TOKENS``).
 
     Raises:
         InputError: If a layer's cache or rotary embedding is of another kind, by name.

@@ -16,7 +16,8 @@ from xkv.backends.torch_cuda.backend import TorchBackend
 from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.grouping import make_groups
-from xkv.lowrank_cache import LayerCache, LowRankCache
+from xkv.layer_cache import LayerCache
+from xkv.lowrank_cache import LowRankCache
 from xkv.rope import RopeSpec
 
 ATTENTION = "xkv"
