@@ -167,6 +167,10 @@ class Backend(ABC):
             positions = self.positions(positions, x.shape[-2])
         return rope.rotate(self, x, positions, spec, inverse)
 
+    def rotate_runs(self, x: Array, starts: Array, run_length: int, spec: RopeSpec) -> Array:
+        """:func:`xkv.rope.rotate_runs`"""
+        return rope.rotate_runs(self, x, starts, run_length, spec)
+
     def reconstruct_keys(self, segment: Segment) -> Array:
         """:func:`xkv.attention.reconstruct_keys`"""
         return attention.reconstruct_keys(self, segment)

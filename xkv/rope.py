@@ -116,6 +116,14 @@ def rotate(
     return turn(backend, x, cos, -sin if inverse else sin, spec, inverse)
 
 
+def rotate_runs(
+    backend: Backend, x: Array, starts: Array, run_length: int, spec: RopeSpec
+) -> Array:
+    """:func:`rotate` for rows ``[..., n * run_length, head_dim]`` that are runs from ``starts``."""
+    cos, sin = run_cos_sin(backend, starts, run_length, spec, backend.accumulate_dtype(x))
+    return turn(backend, x, cos, sin, spec)
+
+
 def turn(
     backend: Backend, x: Array, cos: Array, sin: Array, spec: RopeSpec, inverse: bool = False
 ) -> Array:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from xkv.attention import Segment, attend_parts, grouped_scores
 from xkv.ranks import landmark_group_size
-from xkv.rope import run_cos_sin, turn
 
 if TYPE_CHECKING:
     from xkv.backend import Array, Backend
@@ -141,12 +140,11 @@ def reconstruct_chunks(backend: Backend, segment: Segment, chunks: Array, chunk_
     rows = chunk_rows(backend, chunks, chunk_size)
     taken = take_rows(backend, segment.latent_k, rows)
     keys = taken @ xp.permute_dims(segment.basis_k, (0, 2, 1, 3))
-    dtype, starts = backend.accumulate_dtype(keys), chunks * chunk_size + segment.start
+    starts = chunks * chunk_size + segment.start
     rotated, first = keys, 0
     for n_rows, spec in segment.rope_runs:
         if spec is not None:
-            cos, sin = run_cos_sin(backend, starts, chunk_size, spec, dtype)
-            turned = turn(backend, keys, cos, sin, spec)
+            turned = backend.rotate_runs(keys, starts, chunk_size, spec)
             is_inside = ((rows >= first) & (rows < first + n_rows))[..., None]
             is_alone = len(segment.rope_runs) == 1
             rotated = turned if is_alone else xp.where(is_inside, turned, rotated)
