@@ -25,8 +25,8 @@ CONFIGS = {
         compression=4, attention="selective", budget=128, landmark_bits=16, **SMALL
     ),
 }
-LOGITS_TOLERANCE = 1e-3
-"""Eight layers in float32 measured 1e-5 to 2e-4; a position off by one gives more than 1e-2."""
+LOGITS_TOLERANCE = 1e-4
+"""Eight layers in float32 measured 1e-6 to 1.5e-5; compression itself changes logits by 3e-2."""
 
 
 @pytest.fixture(scope="module")
