@@ -127,6 +127,21 @@ def test_held_bytes_agree_with_mlx_within_two_percent(tmp_path, attention):
     assert held <= dense / 3
 
 
+def test_rebuilt_rows_are_not_kept_where_the_seam_is_not_used(tmp_path):
+    llama = mlx_lm.load(str(write_checkpoint(tmp_path, {"model_type": "llama", "head_dim": 64})))[0]
+    prompt = np.random.default_rng(1).integers(300, 1000, 2000).tolist()
+    greedy(llama, make_native_cache(llama), prompt[:200], n_tokens=2)
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    cache = make_prompt_cache(llama, XKVConfig(compression=3, window=16))
+    greedy(llama, cache, prompt, n_tokens=2, step_size=256)
+    gc.collect()
+    mx.clear_cache()
+    held = sum(layer.nbytes for layer in cache)
+    assert mx.get_active_memory() - before == pytest.approx(held, rel=0.05)
+
+
 def test_nothing_as_long_as_the_prompt_is_kept_dense_between_steps(llama):
     cache = make_prompt_cache(llama, XKVConfig(rank_k=8, rank_v=8, window=16))
     with attention_seam():

@@ -121,11 +121,6 @@ class XKVConfig:
         if not self.value_rank_ratio > 0:
             raise InputError(f"value_rank_ratio={self.value_rank_ratio} must be above 0")
 
-    @property
-    def is_exact(self) -> bool:
-        """Whether both ranks are full, so that the cache loses nothing (and saves nothing)."""
-        return self.rank_k == "full" and self.rank_v == "full"
-
     def layout(self, n_tokens: int) -> Layout:
         """Which of a prompt's rows are compressed, and whether decode selects among them."""
         n_rows = n_tokens - self.sinks - self.window

@@ -128,11 +128,13 @@ def describe(cache: LowRankCache) -> str:
     if cache.ranks is None:
         return "nothing compressed"
     widths = "+".join(str(len(group.layers)) for group in cache.groups)
-    config, attention = cache.config, "dense attention"
+    attention = "dense attention"
     selection = sum(layer.selection_bytes for layer in cache.layers.values())
-    if selection:
+    landmarks = next(iter(cache.layers.values())).landmarks
+    if landmarks is not None:
         attention = (
-            f"selective attention: {config.budget} tokens in chunks of {config.chunk_size}, "
-            f"{config.landmark_bits}-bit landmarks, {selection / 1e6:.3f} MB of what is held"
+            f"selective attention: {cache.config.budget} tokens in chunks of "
+            f"{landmarks.chunk_size}, {landmarks.bits}-bit landmarks, "
+            f"{selection / 1e6:.3f} MB of what is held"
         )
     return f"layers {widths}, rank_k {cache.ranks.rank_k}, rank_v {cache.ranks.rank_v}, {attention}"

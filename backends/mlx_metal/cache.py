@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -31,21 +32,23 @@ class XKVCache(mlx_cache._BaseCache):
     def __init__(self, layer: LayerCache, rope: Rope | None) -> None:
         self.layer = layer
         self._rope = rope
-        self._returned: tuple[mx.array, mx.array] | None = None
+        # weak: where the seam is not used, these arrays are computed and must not outlive the step
+        self._returned: tuple[weakref.ref, weakref.ref] | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Take new tokens ``[B, n_kv_heads, L, head_dim]``; returns all tokens' keys and values."""
         rope = None if self._rope is None else self._rope.at(self.offset + keys.shape[-2])
         self.layer.append(keys, values, rope)
         returned = self.layer.dense()
-        self._returned = returned if self.layer.is_compressed else None
+        is_lazy = self.layer.is_compressed
+        self._returned = (weakref.ref(returned[0]), weakref.ref(returned[1])) if is_lazy else None
         return returned
 
     def takes(self, keys: Any, values: Any) -> bool:
         """Whether attention over exactly these arrays is this compressed cache's to compute."""
         if self._returned is None:
             return False
-        mine = keys is self._returned[0] and values is self._returned[1]
+        mine = keys is self._returned[0]() and values is self._returned[1]()
         self._returned = None
         return mine
 
