@@ -7,7 +7,7 @@ import pytest
 from xkv import XKVConfig
 from xkv.ranks import CacheShape, RankPlan, plan_ranks
 
-LLAMA_8B = CacheShape((4,) * 8, n_kv_heads=8, key_dim=128, value_dim=128, item_bytes=2)
+LLAMA_8B = CacheShape.uniform((4,) * 8, n_kv_heads=8, key_dim=128, value_dim=128, item_bytes=2)
 NOTHING_DENSE = {"sinks": 0, "window": 0, "attention": "dense"}
 
 
@@ -17,7 +17,7 @@ NOTHING_DENSE = {"sinks": 0, "window": 0, "attention": "dense"}
 def test_formula_gives_the_papers_ratios_when_nothing_stays_dense(tokens, ratio):
     config = XKVConfig(rank_k=384, rank_v=576, **NOTHING_DENSE)
     held = RankPlan(384, 576).held_bytes(LLAMA_8B, config, tokens)
-    dense_row = LLAMA_8B.row_bytes * 32 * 16  # the formula counts the first tail buffer, 16 rows
+    dense_row = LLAMA_8B.dense_bytes(16)  # the formula counts the first tail buffer, 16 rows
     assert LLAMA_8B.dense_bytes(tokens) / (held - dense_row) == pytest.approx(ratio, abs=0.01)
 
 
@@ -34,9 +34,9 @@ def test_planned_ranks_meet_the_target_and_no_larger_ones_do(compression, attent
 
 
 def test_shorter_last_group_clamps_to_its_own_width():
-    shape = CacheShape((4, 1), n_kv_heads=2, key_dim=16, value_dim=8, item_bytes=4)
-    assert RankPlan(100, "full").for_group(shape, 4, 1000) == (100, 64)
-    assert RankPlan(100, "full").for_group(shape, 1, 1000) == (32, 16)
+    shape = CacheShape.uniform((4, 1), n_kv_heads=2, key_dim=16, value_dim=8, item_bytes=4)
+    assert RankPlan(100, "full").for_group(shape.groups[0], 1000) == (100, 64)
+    assert RankPlan(100, "full").for_group(shape.groups[1], 1000) == (32, 16)
 
 
 @pytest.mark.parametrize(

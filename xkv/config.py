@@ -50,7 +50,9 @@ class XKVConfig:
         compression: Target ratio of dense bytes to all bytes held after the prompt.
         value_rank_ratio: rank_v / rank_k when ``compression`` picks the ranks.
         sinks: First tokens, kept dense.
-        window: Last tokens of the prompt, kept dense.
+        window: Last tokens, kept dense.
+        max_tail: Tokens after the window that are kept dense; when there are more, all but the
+            window is folded into the compressed part.
         attention: ``dense`` attends to every compressed row; ``selective`` to the ``budget`` rows
             that matter most; ``auto`` is selective where the segment is longer than
             ``AUTO_BUDGETS`` budgets.
@@ -78,6 +80,7 @@ class XKVConfig:
     value_rank_ratio: float = 1.5
     sinks: int = 4
     window: int = 128
+    max_tail: int = 128
     attention: Literal["auto", "dense", "selective"] = "auto"
     budget: int = 2048
     chunk_size: int = 8
@@ -91,6 +94,8 @@ class XKVConfig:
             object.__setattr__(self, "groups", tuple(tuple(group) for group in self.groups))
         if self.group_size < 1:
             raise InputError(f"group_size={self.group_size} must be at least 1")
+        if self.max_tail < 1:
+            raise InputError(f"max_tail={self.max_tail} must be at least 1")
         for name in ("sinks", "window", "power_iterations", "first_layer"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name}={getattr(self, name)} must not be negative")

@@ -12,7 +12,7 @@ import numpy as np
 
 from xkv.attention import RopeRun, Segment, reconstruct
 from xkv.config import XKVConfig
-from xkv.ranks import CacheShape
+from xkv.ranks import CacheShape, GroupShape
 from xkv.rope import RopeSpec
 from xkv.selection import Landmarks, make_landmarks
 
@@ -124,15 +124,16 @@ class DecodeStep:
         """Bytes that each form has to read at least, by name."""
         shape = self.shape
         item = 4 if shape.dtype == "float32" else 2
-        cache = CacheShape((1,), shape.n_kv_heads, shape.head_dim, shape.head_dim, item)
+        group = GroupShape(1, shape.n_kv_heads, shape.head_dim, shape.head_dim)
+        cache, row_bytes = CacheShape((group,), item), group.row_elements * item
         width = shape.n_kv_heads * shape.head_dim
         rank = shape.rank_k + shape.rank_v
-        fixed = self.n_dense * cache.row_bytes + rank * width * item
+        fixed = self.n_dense * row_bytes + rank * width * item
         config = XKVConfig(landmark_bits=shape.landmark_bits, chunk_size=shape.chunk_size)  # type: ignore[arg-type]
-        landmarks = cache.landmark_bytes(config, self.n_rows // shape.chunk_size)
+        landmarks = cache.landmark_bytes(group, config, self.n_rows // shape.chunk_size)
         selected = min(shape.budget, self.n_rows) * shape.n_kv_heads * rank * item
         return {
-            "full": shape.batch * (self.n_rows + self.n_dense) * cache.row_bytes,
+            "full": shape.batch * (self.n_rows + self.n_dense) * row_bytes,
             "dense low-rank": shape.batch * (self.n_rows * rank * item + fixed),
             "selective": shape.batch * (landmarks + selected + fixed),
         }

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from xkv.attention import RopeRun, Segment, reconstruct
+from xkv.attention import RopeRun, Segment, reconstruct, rope_rows
 from xkv.errors import InputError
-from xkv.ranks import buffer_rows, check_ranks
+from xkv.ranks import buffer_rows
+from xkv.selection import make_landmarks
 
 if TYPE_CHECKING:
     from xkv.backend import Array, Backend
@@ -30,13 +31,16 @@ class RowBuffer:
         self.allocated: Array | None = None
         """The whole buffer, unused rows included."""
         self.n_rows = 0
+        self.reserved = 0
+        """Rows that the next growth makes room for, at least."""
 
     def append(self, rows: Array) -> None:
         """Add rows at the end."""
         end = self.n_rows + rows.shape[-2]
         if self.allocated is None or end > self.allocated.shape[-2]:
             xp = self._backend.xp
-            spare = (*rows.shape[:2], buffer_rows(end) - self.n_rows, rows.shape[-1])
+            n_rows = max(buffer_rows(end), buffer_rows(self.reserved) if self.reserved else 0)
+            spare = (*rows.shape[:2], n_rows - self.n_rows, rows.shape[-1])
             grown = xp.zeros(spare, dtype=rows.dtype, **self._backend.placement)
             kept = [] if self.allocated is None else [self.rows]
             self.allocated = xp.concat([*kept, grown], axis=-2)
@@ -54,7 +58,7 @@ class RowBuffer:
         """Put other rows in the place of those from ``start`` to ``end``, whose memory is freed."""
         parts = [self.rows[..., :start, :], *by, self.rows[..., end:, :]]
         kept = self._backend.xp.concat(parts, axis=-2)
-        self.allocated, self.n_rows = None, 0
+        self.allocated, self.n_rows, self.reserved = None, 0, 0
         self.append(kept)
 
 
@@ -66,14 +70,16 @@ class LayerCache:
     segment lies between sinks and window.
     """
 
-    def __init__(self, group: GroupCache) -> None:
+    def __init__(self, group: GroupCache, index: int) -> None:
         self.group = group
+        self.index = index
+        """Number of the layer in its group."""
         self.keys = RowBuffer(group.backend)
         self.values = RowBuffer(group.backend)
-        self.basis_k: Array | None = None
-        self.basis_v: Array | None = None
         self.n_segment = 0
         """Rows of the group's segment that this layer still uses; trimming lowers it."""
+        self.n_recent = 0
+        """Rows after the segment that were folded in later, those that this layer still uses."""
         self.landmarks: Landmarks | None = None
         """Set where decode selects chunks."""
         self.n_outlier_rows = 0
@@ -83,12 +89,22 @@ class LayerCache:
     @property
     def offset(self) -> int:
         """Tokens seen."""
-        return self.n_segment + self.keys.n_rows - self.n_outlier_rows
+        return self.n_segment + self.n_recent + self.keys.n_rows - self.n_outlier_rows
 
     @property
     def is_compressed(self) -> bool:
         """Whether some of the rows are in the group's segment."""
         return self.n_segment > 0
+
+    @property
+    def n_sinks(self) -> int:
+        """Dense rows before the segment."""
+        return self.group.start if self.is_compressed else 0
+
+    @property
+    def n_tail(self) -> int:
+        """Dense rows after the compressed ones: window and tail."""
+        return self.keys.n_rows - self.n_outlier_rows - self.n_sinks
 
     def append(self, keys: Array, values: Array, rope: RopeSpec | None) -> None:
         """Take new tokens; the first few after a prompt (``DECODE_TOKENS``) compress the group.
@@ -97,33 +113,45 @@ class LayerCache:
             keys: ``[B, n_kv_heads, L, head_dim]``, rotated.
             values: ``[B, n_kv_heads, L, value_dim]``.
             rope: What rotated the keys, None for no rotary embedding.
+
+        Raises:
+            InputError: If the rows are not like those that the cache holds, or a rank is too large.
         """
         n_tokens = keys.shape[-2]
-        is_first = self.keys.allocated is None
-        if n_tokens <= DECODE_TOKENS:
+        cache = self.group.cache
+        if self is self.group.layers[0] and (n_tokens <= DECODE_TOKENS or cache.is_streaming):
             self.group.settle()
-        else:
-            self.group.is_settled = False
+        is_first = self.keys.allocated is None
         self.keys.append(keys)
         self.values.append(values)
         if is_first:
-            check_ranks(self.group.cache.shape(self), self.group.cache.config)
+            cache.observe(self)
         if self.rope_runs and self.rope_runs[-1].spec == rope:
             n_tokens += self.rope_runs.pop().n_rows
         self.rope_runs.append(RopeRun(n_tokens, rope))
 
+    def reserve(self, n_tokens: int) -> None:
+        """Make room for ``n_tokens`` more, so that a long prompt does not grow in steps."""
+        for buffer in (self.keys, self.values):
+            buffer.reserved = buffer.n_rows + n_tokens
+
     def segment(self) -> Segment:
-        """The compressed rows, as the backend's operations take them."""
+        """The compressed rows, as the backend's operations take them.
+
+        Raises:
+            InputError: If the group's values are not factored.
+        """
         group, n_rows = self.group, self.n_segment
-        latent_k, latent_v = group.latent_k, group.latent_v
-        assert latent_k is not None and latent_v is not None
+        if group.keys is None or group.values is None:
+            raise InputError("values that stay dense have no segment")
+        latent_k, latent_v = group.keys.latent, group.values.latent
         if n_rows < latent_k.shape[1]:
             latent_k, latent_v = latent_k[:, :n_rows], latent_v[:, :n_rows]
         return Segment(
             latent_k,
             latent_v,
-            self.basis_k,
-            self.basis_v,
+            group.keys.basis(self.index),
+            group.values.basis(self.index),
             group.start,
             self.runs_between(group.start, group.start + n_rows),
         )
@@ -143,55 +171,105 @@ class LayerCache:
 
         Returns:
             How many were forgotten: all there are if there are fewer. Rows cut off a segment are no
-            longer used, but its latent keeps its size.
+            longer used; its latent keeps its size until less than half is left.
         """
         n_tokens = min(n_tokens, self.offset)
-        n_sinks = self.group.start if self.is_compressed else 0
-        from_tail = min(n_tokens, self.keys.n_rows - self.n_outlier_rows - n_sinks)
-        from_segment = min(n_tokens - from_tail, self.n_segment)
+        from_tail = min(n_tokens, self.n_tail)
+        from_recent = min(n_tokens - from_tail, self.n_recent)
+        from_segment = min(n_tokens - from_tail - from_recent, self.n_segment)
+        self._drop_dense(from_tail)
+        self.n_recent -= from_recent
         if from_segment:
-            self._stop_selecting()
-        self.n_segment -= from_segment
-        for buffer in (self.keys, self.values):
-            buffer.n_rows -= n_tokens - from_segment
+            self.n_segment -= from_segment
+            self._trim_landmarks()
+        self._drop_dense(n_tokens - from_tail - from_recent - from_segment)
+        if self.group.has_dense_values:
+            self.values.n_rows -= from_recent + from_segment
         self.rope_runs = list(self.runs_between(0, self.offset))
         return n_tokens
 
+    def _drop_dense(self, n_rows: int) -> None:
+        self.keys.n_rows -= n_rows
+        self.values.n_rows -= n_rows
+
+    def _trim_landmarks(self) -> None:
+        """Fit the landmarks to a trimmed segment: outliers become ordinary, a cut chunk dense."""
+        if self.landmarks is None:
+            return
+        chunk_size, start = self.landmarks.chunk_size, self.group.start
+        n_chunks, n_left = divmod(self.n_segment, chunk_size)
+        first = n_chunks * chunk_size
+        for name in ("keys", "values"):
+            factors = getattr(self.group, name)
+            left = factors.latent[:, first : first + n_left]
+            rows = self._rebuild(name, left, factors.basis(self.index), start + first)
+            getattr(self, name).replace(start, start + self.n_outlier_rows, [rows])
+        self.n_segment, self.n_outlier_rows = first, 0
+        self.landmarks = self.landmarks.first(self.group.backend, n_chunks) if n_chunks else None
+
+    def extend_landmarks(self, n_rows: int) -> None:
+        """Summarize the segment and recent rows up to ``n_rows``, those without exact keys too."""
+        group = self.group
+        config, n_done = group.cache.config, 0
+        if self.landmarks is not None:
+            n_done = self.landmarks.n_chunks * self.landmarks.chunk_size
+        keys = self._dense("keys")[..., group.start + n_done : group.start + n_rows, :]
+        added, _ = make_landmarks(group.backend, keys, config.chunk_size, 0, config.landmark_bits)
+        if self.landmarks is not None:
+            added = self.landmarks.followed_by(group.backend, added)
+        group.backend.evaluate(*added.held)
+        self.landmarks = added
+
     def dense(self) -> tuple[Array, Array]:
         """All keys and values, ``[B, n_kv_heads, offset, dim]``, rebuilt for this call only."""
-        keys, values = self.exact_rows()
-        if not self.is_compressed:
-            return keys, values
-        start, segment = self.group.start, self.segment()
+        return self._dense("keys"), self._dense("values")
 
-        def join(rows: Array, middle: Array) -> Array:
-            parts = [rows[..., :start, :], middle, rows[..., start:, :]]
-            return self.group.backend.xp.concat(parts, axis=-2)
+    def _dense(self, name: str) -> Array:
+        rows, factors = getattr(self, name).rows, getattr(self.group, name)
+        if not self.is_compressed or factors is None:
+            return rows
+        start = self.group.start
+        latent = factors.latent[:, : self.n_segment]
+        middle = self._rebuild(name, latent, factors.basis(self.index), start)
+        rows, end = self._without_outliers(rows), start + self.n_segment
+        parts = [rows[..., :start, :], middle, *self._recent(name, end), rows[..., start:, :]]
+        return self.group.backend.xp.concat(parts, axis=-2)
 
-        return (
-            join(keys, self.group.backend.reconstruct_keys(segment)),
-            join(values, reconstruct(self.group.backend, segment.latent_v, segment.basis_v)),
-        )
+    def _rebuild(self, name: str, latent: Array, basis: Array, position: int) -> Array:
+        """Rows ``[B, n_kv_heads, L, dim]`` out of a latent ``[B, L, r]``, keys rotated."""
+        rows = reconstruct(self.group.backend, latent, basis)
+        if name == "values" or not latent.shape[1]:
+            return rows
+        runs = self.runs_between(position, position + latent.shape[1])
+        return rope_rows(self.group.backend, rows, position, runs)
 
-    def exact_rows(self) -> tuple[Array, Array]:
-        """Dense keys and values that stand for no row of the segment."""
-        keys, values = self.keys.rows, self.values.rows
+    def _recent(self, name: str, position: int) -> list[Array]:
+        """The recent rows, rebuilt, if there are any."""
+        if not self.n_recent:
+            return []
+        factors = getattr(self.group, name)
+        latent = factors.recent[:, : self.n_recent]
+        return [self._rebuild(name, latent, factors.bases[self.index], position)]
+
+    def _without_outliers(self, rows: Array) -> Array:
         if not self.n_outlier_rows:
-            return keys, values
+            return rows
         start, end = self.group.start, self.group.start + self.n_outlier_rows
+        parts = [rows[..., :start, :], rows[..., end:, :]]
+        return self.group.backend.xp.concat(parts, axis=-2)
 
-        def leave_out(rows: Array) -> Array:
-            return self.group.backend.xp.concat([rows[..., :start, :], rows[..., end:, :]], axis=-2)
-
-        return leave_out(keys), leave_out(values)
-
-    def _stop_selecting(self) -> None:
-        """Attend to the whole segment from now on: its landmarks no longer fit a trimmed one."""
-        if self.landmarks is not None:
-            start, end = self.group.start, self.group.start + self.n_outlier_rows
-            for buffer in (self.keys, self.values):
-                buffer.replace(start, end)
-            self.landmarks, self.n_outlier_rows = None, 0
+    def _rows_to_attend(self, name: str, with_outliers: bool) -> Array:
+        """Dense rows and recent ones, which are rebuilt: all that is not in the segment."""
+        rows = getattr(self, name).rows
+        start = self.group.start + self.n_outlier_rows * with_outliers
+        if not with_outliers:
+            rows = self._without_outliers(rows)
+        recent = self._recent(name, self.group.start + self.n_segment)
+        if not recent:
+            return rows
+        return self.group.backend.xp.concat(
+            [rows[..., :start, :], *recent, rows[..., start:, :]], axis=-2
+        )
 
     def attend(self, queries: Array, scale: float, mask: Array | None) -> Array:
         """Attention of the newest tokens over the whole cache.
@@ -216,20 +294,21 @@ class LayerCache:
                 self.segment(),
                 chunks,
                 chunk_size,
-                self.keys.rows,
-                self.values.rows,
+                self._rows_to_attend("keys", True),
+                self._rows_to_attend("values", True),
                 scale,
             )
         if mask is not None:
             start, end = group.start, group.start + self.n_segment
             parts = [mask[..., start:end], mask[..., :start], mask[..., end:]]
             mask = group.backend.xp.concat(parts, axis=-1)
-        keys, values = self.exact_rows()
+        keys, values = (self._rows_to_attend(name, False) for name in ("keys", "values"))
         return group.backend.lowrank_attention(queries, self.segment(), keys, values, scale, mask)
 
     def arrays(self) -> list[Array]:
         """The arrays this layer holds, without the latents that its group shares."""
-        held = [self.keys.allocated, self.values.allocated, self.basis_k, self.basis_v]
+        held = [self.keys.allocated, self.values.allocated]
+        held += [x.bases[self.index] for x in (self.group.keys, self.group.values) if x]
         held += self.landmarks.held if self.landmarks is not None else ()
         return [x for x in held if x is not None]
 
@@ -238,13 +317,19 @@ class LayerCache:
         """The part of the bytes held that selective attention needs: landmarks and outlier rows."""
         if self.landmarks is None:
             return 0
-        outliers = self.n_outlier_rows * self.group.cache.shape(self).row_bytes
+        outliers = self.n_outlier_rows * self._row_bytes
         return outliers + sum(x.nbytes for x in self.landmarks.held)
 
     @property
     def dense_bytes(self) -> int:
         """Bytes of the same tokens in the full cache."""
-        return self.offset and self.offset * self.group.cache.shape(self).row_bytes
+        return self.offset and self.offset * self._row_bytes
+
+    @property
+    def _row_bytes(self) -> int:
+        """Dense bytes of one token."""
+        rows = (self.keys.rows, self.values.rows)
+        return sum(x.shape[1] * x.shape[-1] * x.itemsize for x in rows)
 
     @property
     def nbytes(self) -> int:

@@ -1,4 +1,4 @@
-"""The low-rank cache: dense while a prompt streams in, then a shared segment and a dense rest."""
+"""The low-rank cache: dense while a prompt streams in, then factored, with a dense rest."""
 
 from __future__ import annotations
 
@@ -6,89 +6,197 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from xkv.attention import RopeRun, rope_rows
+from xkv.attention import rope_rows
 from xkv.config import XKVConfig
-from xkv.factorize import factorize
+from xkv.errors import InputError
 from xkv.layer_cache import LayerCache, RowBuffer
-from xkv.ranks import CacheShape, RankPlan, plan_ranks
+from xkv.ranks import CacheShape, RankPlan, check_ranks, plan_ranks
 from xkv.selection import chunk_rows, make_landmarks
+from xkv.shared_factors import SharedFactors, factor_rows, fold_rows, merge_rows
 
 if TYPE_CHECKING:
     from xkv.backend import Array, Backend
 
+WAIT_SHARE = 0.5
+"""A conversation that was too short for compression waits for ranks of this share of a very long
+one's: in the README's table of answers, those below lose most of them.
+"""
+
 
 class GroupCache:
-    """The layers that share one latent for keys and one for values."""
+    """The layers that share one latent for keys and one for values.
 
-    def __init__(self, cache: LowRankCache, n_layers: int) -> None:
+    By position: sinks (dense), the segment, recent rows (both factored), window and tail (dense).
+    """
+
+    def __init__(self, cache: LowRankCache, n_layers: int, has_dense_values: bool = False) -> None:
         self.cache = cache
         self.backend = cache.backend
-        self.layers = [LayerCache(self) for _ in range(n_layers)]
-        self.latent_k: Array | None = None
-        self.latent_v: Array | None = None
+        self.has_dense_values = has_dense_values
+        self.layers = [LayerCache(self, index) for index in range(n_layers)]
+        self.keys: SharedFactors | None = None
+        self.values: SharedFactors | None = None
+        """None where values are not factored."""
         self.start = 0
         """Position of the segment's first row."""
-        self.is_settled = False
-        """Whether the last prompt's compression was decided."""
+        self._retry_at = 0
+        """Tokens from which on compression is worth another look."""
 
     @property
     def is_compressed(self) -> bool:
-        return any(layer.is_compressed for layer in self.layers)
+        return self.layers[0].is_compressed
 
     def settle(self) -> None:
-        """After a prompt, factor what the layers hold unless that would gain nothing."""
-        n_tokens = self.layers[0].offset
-        if self.is_settled or self.is_compressed or n_tokens == 0:
+        """Between calls of the model, factor what has grown too long to stay dense."""
+        first = self.layers[0]
+        if any(layer.offset != first.offset for layer in self.layers) or first.offset == 0:
             return
-        self.is_settled = True
-        plan = self.cache.plan(n_tokens, self.layers[0])
-        if plan is not None:
-            self._compress(plan)
-
-    def _compress(self, plan: RankPlan) -> None:
         began = time.perf_counter()
-        first, layout = self.layers[0], self.cache.config.layout(self.layers[0].offset)
-        self.start = self.cache.config.sinks
-        end = self.start + layout.n_rows
-        rank_k, rank_v = plan.for_group(self.cache.shape(first), len(self.layers), layout.n_rows)
-        keys, values = ([getattr(x, name) for x in self.layers] for name in ("keys", "values"))
-        runs = [layer.runs_between(self.start, end) for layer in self.layers]
-        self.latent_k, bases_k = self._factor(keys, end, rank_k, runs)
-        outliers: Sequence[Array | None] = [None] * len(self.layers)
-        if layout.is_selective:
-            outliers = [self._summarize(layer, end, layout.n_outliers) for layer in self.layers]
-        self._keep_dense(keys, end, outliers)
-        self.latent_v, bases_v = self._factor(values, end, rank_v)
-        self._keep_dense(values, end, outliers)
-        for layer, basis_k, basis_v in zip(self.layers, bases_k, bases_v, strict=True):
-            layer.basis_k, layer.basis_v, layer.n_segment = basis_k, basis_v, layout.n_rows
+        if not self.is_compressed:
+            self.keys = self.values = None
+            if first.offset >= self._retry_at:
+                self._compress()
+        else:
+            self._release()
+            config = self.cache.config
+            n_rows = first.n_tail - config.window
+            if n_rows >= config.max_tail:
+                self._fold(n_rows // config.chunk_size * config.chunk_size)
         self.cache.factorize_seconds += time.perf_counter() - began
 
-    def _factor(
-        self,
-        buffers: list[RowBuffer],
-        end: int,
-        rank: int,
-        rope_runs: list[tuple[RopeRun, ...]] | None = None,
-    ) -> tuple[Array, list[Array]]:
-        """Factor the rows from ``start`` to ``end`` of every layer: the latent and the bases."""
-        backend, config = self.backend, self.cache.config
-        xp, dtype = backend.xp, buffers[0].rows.dtype
-        layers = []
-        for i, buffer in enumerate(buffers):
-            # float32 before the inverse rotation: 16-bit keys would be rounded twice
-            wide = backend.accumulate_dtype(buffer.rows)
-            rows = xp.astype(buffer.rows[..., self.start : end, :], wide)
-            if rope_runs is not None:
-                rows = rope_rows(backend, rows, self.start, rope_runs[i], inverse=True)
-            layers.append(xp.permute_dims(rows, (0, 2, 1, 3)))
-        latent, bases, _ = factorize(
-            backend, layers, rank, power_iterations=config.power_iterations, seed=config.seed
+    def _compress(self) -> None:
+        """Factor everything but sinks and window, unless that would gain nothing."""
+        cache, first = self.cache, self.layers[0]
+        is_first = self._retry_at == 0 and not cache.is_streaming
+        plan = cache.plan(first.offset, 0.0 if is_first else WAIT_SHARE)
+        if plan is None:
+            self._retry_at = first.offset + cache.config.max_tail
+            return
+        layout = cache.config.layout(first.offset)
+        self.start = cache.config.sinks
+        end = self.start + layout.n_rows
+        rank_k, rank_v = plan.for_group(cache.shape.groups[cache.groups.index(self)], layout.n_rows)
+        outliers: Sequence[Array | None] = [None] * len(self.layers)
+        self.keys = self._factor(self._rows("keys", self.start, end), rank_k)
+        if layout.is_selective:
+            outliers = [self._summarize(layer, end, layout.n_outliers) for layer in self.layers]
+        self._keep_dense([layer.keys for layer in self.layers], end, outliers)
+        if not self.has_dense_values:
+            self.values = self._factor(self._rows("values", self.start, end), rank_v)
+            self._keep_dense([layer.values for layer in self.layers], end, outliers)
+        for layer in self.layers:
+            layer.n_segment = layout.n_rows
+
+    def _fold(self, n_rows: int) -> None:
+        """Move the first rows after the compressed part into it."""
+        config, first = self.cache.config, self.layers[0]
+        start, n_recent = first.n_sinks + first.n_outlier_rows, first.n_recent
+        limits = self._max_ranks(n_recent + n_rows)
+        folded: list[SharedFactors | None] = []
+        for name, factors, max_rank in zip(
+            ("keys", "values"), (self.keys, self.values), limits, strict=True
+        ):
+            if factors is None:
+                folded.append(None)
+                continue
+            rows = self._rows(name, start, start + n_rows)
+            folded.append(
+                fold_rows(
+                    self.backend,
+                    factors,
+                    rows,
+                    n_recent,
+                    max_rank,
+                    power_iterations=config.power_iterations,
+                    seed=config.seed,
+                )
+            )
+        self.keys, self.values = folded
+        for layer in self.layers:
+            for buffer in (layer.keys, *([] if self.has_dense_values else [layer.values])):
+                buffer.replace(start, start + n_rows)
+                self.backend.evaluate(buffer.allocated)
+            layer.n_recent = n_recent + n_rows
+        if first.n_recent > config.budget:
+            self._merge()
+
+    def _merge(self) -> None:
+        """Make recent rows part of the segment, whose landmarks grow with it."""
+        config, first = self.cache.config, self.layers[0]
+        n_segment, n_recent = first.n_segment, first.n_recent
+        n_rows = n_segment + n_recent
+        if config.layout(first.offset).is_selective:
+            n_rows -= n_rows % config.chunk_size
+            for layer in self.layers:
+                layer.extend_landmarks(n_rows)
+        ranks = self.cache.fresh_ranks(self, n_rows)
+        self.keys, self.values = (
+            factors
+            and merge_rows(self.backend, factors, n_segment, n_recent, n_rows - n_segment, rank)
+            for factors, rank in zip((self.keys, self.values), ranks, strict=True)
         )
-        latent, *held = [xp.astype(x, dtype) for x in (latent, *bases)]
-        backend.evaluate(latent, *held)
+        for layer in self.layers:
+            layer.n_segment, layer.n_recent = n_rows, n_segment + n_recent - n_rows
+
+    def _max_ranks(self, n_recent: int) -> list[int]:
+        """What the bases may grow to: twice the ranks that were given, or, where ``compression``
+        picked them, as far as a fresh compression of the same tokens would take more bytes.
+        """
+        shape = self.cache.shape.groups[self.cache.groups.index(self)]
+        n_rows = self.layers[0].n_segment + n_recent
+        limits = []
+        for factors, fresh, width in zip(
+            (self.keys, self.values),
+            self.cache.fresh_ranks(self, n_rows),
+            (shape.key_width, shape.value_width),
+            strict=True,
+        ):
+            held = 0 if factors is None else factors.latent.shape[-1]
+            saved = max(fresh - held, 0) * (n_rows + width)
+            is_given = self.cache.config.compression is None
+            limits.append(2 * held if is_given else held + saved // (n_recent + width))
+        return limits
+
+    def _release(self) -> None:
+        """Copy what is left of a latent that was trimmed to less than half, so that it is freed."""
+        n_rows = self.layers[0].n_segment
+
+        def short(factors: SharedFactors | None) -> SharedFactors | None:
+            if factors is None or 2 * n_rows >= factors.latent.shape[1]:
+                return factors
+            return factors._replace(latent=self.backend.own(factors.latent[:, :n_rows]))
+
+        self.keys, self.values = short(self.keys), short(self.values)
+
+    def _rows(self, name: str, start: int, end: int) -> list[Array]:
+        """Dense rows of every layer, keys un-rotated: ``[B, L, n_kv_heads, dim]`` in float32."""
+        xp, layers = self.backend.xp, []
+        for layer in self.layers:
+            rows = getattr(layer, name).rows[..., start:end, :]
+            # float32 before the inverse rotation: 16-bit keys would be rounded twice
+            rows = xp.astype(rows, self.backend.accumulate_dtype(rows))
+            if name == "keys":
+                position = start - layer.n_outlier_rows + layer.n_segment + layer.n_recent
+                runs = layer.runs_between(position, position + end - start)
+                rows = rope_rows(self.backend, rows, position, runs, inverse=True)
+            layers.append(xp.permute_dims(rows, (0, 2, 1, 3)))
+        return layers
+
+    def _factor(self, layers: list[Array], rank: int) -> SharedFactors:
+        config, dtype = self.cache.config, self.layers[0].keys.rows.dtype
+        factors = factor_rows(
+            self.backend,
+            layers,
+            rank,
+            power_iterations=config.power_iterations,
+            seed=config.seed,
+        )
+        latent, *bases = (
+            self.backend.xp.astype(x, dtype) for x in (factors.latent, *factors.bases)
+        )
+        self.backend.evaluate(latent, *bases)
         self.cache.report_progress()
-        return latent, held
+        return factors._replace(latent=latent, bases=tuple(bases))
 
     def _summarize(self, layer: LayerCache, end: int, n_outliers: int) -> Array:
         """Make a layer's landmarks from its exact keys; returns the outlier rows' numbers."""
@@ -117,7 +225,7 @@ class GroupCache:
 
     def arrays(self) -> list[Array]:
         """The latents, counted once for the group."""
-        return [x for x in (self.latent_k, self.latent_v) if x is not None]
+        return [x for factors in (self.keys, self.values) if factors for x in factors.arrays]
 
 
 class LowRankCache:
@@ -129,6 +237,7 @@ class LowRankCache:
         groups: Layer indices of each group (:func:`xkv.make_groups`).
         n_dense_layers: Layers in no group, for the byte formula.
         on_progress: Called with (factorizations done, factorizations in all).
+        shape: What the groups look like; None if all layers are alike, which the first rows show.
     """
 
     def __init__(
@@ -138,39 +247,60 @@ class LowRankCache:
         groups: Sequence[Sequence[int]],
         n_dense_layers: int = 0,
         on_progress: Callable[[int, int], None] | None = None,
+        shape: CacheShape | None = None,
     ) -> None:
         self.backend = backend
         self.config = config
         self.n_dense_layers = n_dense_layers
-        self.groups = [GroupCache(self, len(group)) for group in groups]
+        has_dense = [False] * len(groups)
+        if shape is not None:
+            has_dense = [group.has_dense_values for group in shape.groups]
+        self.groups = [
+            GroupCache(self, len(group), dense)
+            for group, dense in zip(groups, has_dense, strict=True)
+        ]
         self.layers = {
             layer_idx: layer
             for group, indices in zip(self.groups, groups, strict=True)
             for layer_idx, layer in zip(indices, group.layers, strict=True)
         }
         self.on_progress = on_progress
+        self.is_streaming = False
+        """Whether a prompt is compressed while it streams in, so that parts of it are approximate
+        for the rest; otherwise only when it is complete.
+        """
         self.notice: str | None = None
         """What was not done as asked, in a sentence."""
         self.ranks: RankPlan | None = None
-        """The ranks that were used."""
+        """The ranks of the first compression."""
         self.factorize_seconds = 0.0
+        self._shape = shape
         self._n_factored = 0
 
-    def shape(self, layer: LayerCache) -> CacheShape:
-        """What the byte formula needs to know, read off a layer that holds rows."""
-        keys, values = layer.keys.rows, layer.values.rows
-        return CacheShape(
-            tuple(len(group.layers) for group in self.groups),
-            keys.shape[1],
-            keys.shape[-1],
-            values.shape[-1],
-            keys.itemsize,
-            self.n_dense_layers,
-        )
+    @property
+    def shape(self) -> CacheShape:
+        """What the byte formula needs to know."""
+        if self._shape is None:
+            raise InputError("the cache is empty: run the prompt through the model first")
+        return self._shape
 
-    def plan(self, n_tokens: int, layer: LayerCache) -> RankPlan | None:
+    def observe(self, layer: LayerCache) -> None:
+        """Take the shape of a model whose layers are all alike from a layer that holds rows."""
+        if self._shape is None:
+            keys, values = layer.keys.rows, layer.values.rows
+            self._shape = CacheShape.uniform(
+                [len(group.layers) for group in self.groups],
+                keys.shape[1],
+                keys.shape[-1],
+                values.shape[-1],
+                keys.itemsize,
+                self.n_dense_layers,
+            )
+        check_ranks(self._shape, self.config)
+
+    def plan(self, n_tokens: int, min_share: float = 0.0) -> RankPlan | None:
         """The ranks for ``n_tokens``, or None (and a notice) where compression gains nothing."""
-        plan = plan_ranks(self.shape(layer), self.config, n_tokens)
+        plan = plan_ranks(self.shape, self.config, n_tokens, min_share)
         if isinstance(plan, str):
             self.notice = plan
             return None
@@ -182,10 +312,18 @@ class LowRankCache:
             )
         return plan
 
+    def fresh_ranks(self, group: GroupCache, n_rows: int) -> tuple[int, int]:
+        """What a fresh compression of the tokens held would give a group, ``(rank_k, rank_v)``."""
+        plan = plan_ranks(self.shape, self.config, group.layers[0].offset)
+        if isinstance(plan, str):
+            return 0, 0
+        return plan.for_group(self.shape.groups[self.groups.index(group)], n_rows)
+
     def report_progress(self) -> None:
         self._n_factored += 1
         if self.on_progress is not None:
-            self.on_progress(self._n_factored, 2 * len(self.groups))
+            n_factors = sum(1 if group.has_dense_values else 2 for group in self.groups)
+            self.on_progress(self._n_factored, n_factors)
 
     def dense_bytes(self) -> int:
         """Bytes of the grouped layers' tokens in the full cache."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xkv.config import Rank, XKVConfig
@@ -22,43 +23,82 @@ def landmark_group_size(head_dim: int) -> int:
 
 
 @dataclass(frozen=True)
+class GroupShape:
+    """One group of layers whose keys, and whose values, are factored together.
+
+    Args:
+        n_layers: Layers of the group (W).
+        n_kv_heads: KV heads of each.
+        key_dim: Features of a key head.
+        value_dim: Features of a value head.
+        has_dense_values: The values are not factored: MLA's rotary key, which mlx-lm keeps there.
+    """
+
+    n_layers: int
+    n_kv_heads: int
+    key_dim: int
+    value_dim: int
+    has_dense_values: bool = False
+
+    @property
+    def key_width(self) -> int:
+        """Columns of the keys of all layers side by side."""
+        return self.n_layers * self.n_kv_heads * self.key_dim
+
+    @property
+    def value_width(self) -> int:
+        """Columns of the values that are factored, all layers side by side."""
+        return 0 if self.has_dense_values else self.n_layers * self.n_kv_heads * self.value_dim
+
+    @property
+    def row_elements(self) -> int:
+        """Dense elements of one token in one layer."""
+        return self.n_kv_heads * (self.key_dim + self.value_dim)
+
+
+@dataclass(frozen=True)
 class CacheShape:
     """What the size of a model's cache depends on.
 
     Args:
-        group_sizes: Layers in each group that is compressed.
-        n_kv_heads: KV heads of a layer.
-        key_dim: Features of a key head.
-        value_dim: Features of a value head.
+        groups: The groups that are compressed.
         item_bytes: Bytes of an element in the model's KV dtype.
-        n_dense_layers: Layers in no group.
+        dense_row_bytes: Bytes of one token in all the layers that grow with it and are in no group.
     """
 
-    group_sizes: tuple[int, ...]
-    n_kv_heads: int
-    key_dim: int
-    value_dim: int
+    groups: tuple[GroupShape, ...]
     item_bytes: int
-    n_dense_layers: int = 0
+    dense_row_bytes: int = 0
 
-    @property
-    def row_bytes(self) -> int:
-        """Dense bytes of one token in one layer."""
-        return self.n_kv_heads * (self.key_dim + self.value_dim) * self.item_bytes
+    @classmethod
+    def uniform(
+        cls,
+        group_sizes: Sequence[int],
+        n_kv_heads: int,
+        key_dim: int,
+        value_dim: int,
+        item_bytes: int,
+        n_dense_layers: int = 0,
+    ) -> CacheShape:
+        """The shape of a model whose layers are all alike."""
+        groups = tuple(GroupShape(n, n_kv_heads, key_dim, value_dim) for n in group_sizes)
+        row_bytes = n_kv_heads * (key_dim + value_dim) * item_bytes
+        return cls(groups, item_bytes, n_dense_layers * row_bytes)
 
-    def landmark_bytes(self, config: XKVConfig, n_chunks: int) -> int:
+    def landmark_bytes(self, group: GroupShape, config: XKVConfig, n_chunks: int) -> int:
         """Bytes of one layer's landmarks and of the mark that says which chunks are outliers."""
-        group_size = landmark_group_size(self.key_dim)
+        group_size = landmark_group_size(group.key_dim)
         if config.landmark_bits == 16 or not group_size:
-            per_chunk = self.key_dim * self.item_bytes
+            per_chunk = group.key_dim * self.item_bytes
         else:
-            per_chunk = self.key_dim * config.landmark_bits // 8
-            per_chunk += 2 * self.item_bytes * (self.key_dim // group_size)
-        return self.n_kv_heads * n_chunks * (per_chunk + 1)
+            per_chunk = group.key_dim * config.landmark_bits // 8
+            per_chunk += 2 * self.item_bytes * (group.key_dim // group_size)
+        return group.n_kv_heads * n_chunks * (per_chunk + 1)
 
     def dense_bytes(self, n_tokens: int) -> int:
         """Bytes of the same tokens in the full cache."""
-        return (sum(self.group_sizes) + self.n_dense_layers) * n_tokens * self.row_bytes
+        elements = sum(group.n_layers * group.row_elements for group in self.groups)
+        return n_tokens * (elements * self.item_bytes + self.dense_row_bytes)
 
 
 @dataclass(frozen=True)
@@ -73,35 +113,35 @@ class RankPlan:
     rank_k: Rank
     rank_v: Rank
 
-    def for_group(self, shape: CacheShape, n_layers: int, n_rows: int) -> tuple[int, int]:
-        """``(rank_k, rank_v)`` of a group of ``n_layers`` whose segment has ``n_rows`` tokens.
+    def for_group(self, group: GroupShape, n_rows: int) -> tuple[int, int]:
+        """``(rank_k, rank_v)`` of a group whose segment has ``n_rows`` tokens.
 
         A rank above the number of rows or the joint width holds nothing more, but ``"full"`` is
         always the joint width.
         """
 
-        def clamp(rank: Rank, head_dim: int) -> int:
-            width = n_layers * shape.n_kv_heads * head_dim
+        def clamp(rank: Rank, width: int) -> int:
             return width if rank == "full" else min(rank, width, n_rows)
 
-        return clamp(self.rank_k, shape.key_dim), clamp(self.rank_v, shape.value_dim)
+        return clamp(self.rank_k, group.key_width), clamp(self.rank_v, group.value_width)
 
     def held_bytes(self, shape: CacheShape, config: XKVConfig, n_tokens: int) -> int:
         """Bytes held after a prompt of ``n_tokens`` and one more token: factors and dense rows."""
         layout = config.layout(n_tokens)
         n_rows = layout.n_rows
-        outlier_rows = layout.n_outliers * config.chunk_size
-        layer_bytes = buffer_rows(n_tokens - n_rows + outlier_rows + 1) * shape.row_bytes
-        if layout.is_selective:
-            layer_bytes += shape.landmark_bytes(config, n_rows // config.chunk_size)
-        total = sum(shape.group_sizes) * layer_bytes
-        total += shape.n_dense_layers * n_tokens * shape.row_bytes
-        for n_layers in shape.group_sizes:
-            rank_k, rank_v = self.for_group(shape, n_layers, n_rows)
-            width = n_layers * shape.n_kv_heads
-            elements = rank_k * (n_rows + width * shape.key_dim)
-            elements += rank_v * (n_rows + width * shape.value_dim)
+        n_dense = n_tokens - n_rows + layout.n_outliers * config.chunk_size + 1
+        total = n_tokens * shape.dense_row_bytes
+        for group in shape.groups:
+            n_dense_values = n_tokens + 1 if group.has_dense_values else n_dense
+            elements = buffer_rows(n_dense) * group.key_dim
+            elements += buffer_rows(n_dense_values) * group.value_dim
+            elements *= group.n_layers * group.n_kv_heads
+            rank_k, rank_v = self.for_group(group, n_rows)
+            elements += rank_k * (n_rows + group.key_width) + rank_v * (n_rows + group.value_width)
             total += elements * shape.item_bytes
+            if layout.is_selective:
+                n_chunks = n_rows // config.chunk_size
+                total += group.n_layers * shape.landmark_bytes(group, config, n_chunks)
         return total
 
 
@@ -111,17 +151,25 @@ def check_ranks(shape: CacheShape, config: XKVConfig) -> None:
     Raises:
         InputError: If a rank is above the joint width of the largest group.
     """
-    n_layers = max(shape.group_sizes)
-    for name, head_dim in (("rank_k", shape.key_dim), ("rank_v", shape.value_dim)):
-        rank, width = getattr(config, name), n_layers * shape.n_kv_heads * head_dim
+    for name in ("rank_k", "rank_v"):
+        group = max(shape.groups, key=lambda g: g.key_width if name == "rank_k" else g.value_width)
+        head_dim = group.key_dim if name == "rank_k" else group.value_dim
+        width = group.n_layers * group.n_kv_heads * head_dim
+        rank = getattr(config, name)
         if isinstance(rank, int) and rank > width:
             raise InputError(
-                f"{name}={rank} exceeds the joint width {width} ({n_layers} layers x "
-                f"{shape.n_kv_heads} kv heads x {head_dim}); lower {name}"
+                f"{name}={rank} exceeds the joint width {width} ({group.n_layers} layers x "
+                f"{group.n_kv_heads} kv heads x {head_dim}); lower {name}"
             )
 
 
-def plan_ranks(shape: CacheShape, config: XKVConfig, n_tokens: int) -> RankPlan | str:
+LONG_PROMPT = 1 << 24
+"""Tokens from which on bases and dense rows no longer count."""
+
+
+def plan_ranks(
+    shape: CacheShape, config: XKVConfig, n_tokens: int, min_share: float = 0.0
+) -> RankPlan | str:
     """Choose the ranks for a prompt.
 
     Args:
@@ -129,6 +177,8 @@ def plan_ranks(shape: CacheShape, config: XKVConfig, n_tokens: int) -> RankPlan 
         config: Its ranks are taken as they are; with ``compression`` the largest ranks in the ratio
             ``value_rank_ratio`` whose bytes, all counted, stay within dense bytes / compression.
         n_tokens: Tokens in the cache.
+        min_share: Ranks that ``compression`` picks below this share of those of a very long prompt
+            count as too few.
 
     Returns:
         The plan, or one sentence that says why the prompt stays dense.
@@ -149,21 +199,32 @@ def plan_ranks(shape: CacheShape, config: XKVConfig, n_tokens: int) -> RankPlan 
                 "would take more memory than the full cache"
             )
         return plan
-    assert config.compression is not None
-    allowed = dense / config.compression
-    best = None
-    low, high = 1, max(shape.group_sizes) * shape.n_kv_heads * max(shape.key_dim, shape.value_dim)
-    while low <= high:
-        rank_k = (low + high) // 2
-        plan = RankPlan(rank_k, max(1, round(rank_k * config.value_rank_ratio)))
-        if plan.held_bytes(shape, config, n_tokens) <= allowed:
-            best, low = plan, rank_k + 1
-        else:
-            high = rank_k - 1
-    if best is None:
+    rank_k = _largest_rank(shape, config, n_tokens)
+    if min_share and rank_k < min_share * _largest_rank(shape, config, LONG_PROMPT):
+        rank_k = 0
+    if not rank_k:
         return (
             f"kept dense: {n_tokens} tokens are too few for a compression of "
             f"{config.compression:g} with {config.sinks + config.window} tokens dense "
             "and a basis in every group"
         )
+    return _ranks(config, rank_k)
+
+
+def _ranks(config: XKVConfig, rank_k: int) -> RankPlan:
+    return RankPlan(rank_k, max(1, round(rank_k * config.value_rank_ratio)))
+
+
+def _largest_rank(shape: CacheShape, config: XKVConfig, n_tokens: int) -> int:
+    """The largest key rank that reaches ``compression``, 0 if none does."""
+    assert config.compression is not None
+    allowed = shape.dense_bytes(n_tokens) / config.compression
+    best, low = 0, 1
+    high = max(max(group.key_width, group.value_width) for group in shape.groups)
+    while low <= high:
+        rank_k = (low + high) // 2
+        if _ranks(config, rank_k).held_bytes(shape, config, n_tokens) <= allowed:
+            best, low = rank_k, rank_k + 1
+        else:
+            high = rank_k - 1
     return best

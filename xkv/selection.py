@@ -31,6 +31,24 @@ class Landmarks(NamedTuple):
         """Every array."""
         return (*self.arrays, self.is_outlier)
 
+    @property
+    def n_chunks(self) -> int:
+        return self.is_outlier.shape[2]
+
+    def first(self, backend: Backend, n_chunks: int) -> Landmarks:
+        """Those of the first chunks, none of which is an outlier any more."""
+        arrays = tuple(backend.own(x[:, :, :n_chunks]) for x in self.arrays)
+        is_outlier = backend.xp.zeros_like(self.is_outlier[:, :, :n_chunks])
+        return self._replace(arrays=arrays, is_outlier=is_outlier)
+
+    def followed_by(self, backend: Backend, other: Landmarks) -> Landmarks:
+        """These, then those of later chunks."""
+        joined = [
+            backend.xp.concat([mine, more], axis=2)
+            for mine, more in zip(self.held, other.held, strict=True)
+        ]
+        return self._replace(arrays=tuple(joined[:-1]), is_outlier=joined[-1])
+
 
 def make_landmarks(
     backend: Backend, keys: Array, chunk_size: int, n_outliers: int, bits: int
