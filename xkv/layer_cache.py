@@ -11,7 +11,7 @@ from xkv.ranks import buffer_rows
 from xkv.selection import make_landmarks
 
 if TYPE_CHECKING:
-    from xkv.backend import Array, Backend
+    from xkv.backend import Array
     from xkv.lowrank_cache import GroupCache
     from xkv.rope import RopeSpec
     from xkv.selection import Landmarks
@@ -26,8 +26,8 @@ FUSED_QUERIES = 32
 class RowBuffer:
     """Dense rows ``[B, n_kv_heads, n_rows, dim]`` in a buffer that grows in place."""
 
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
+    def __init__(self, group: GroupCache) -> None:
+        self._group = group
         self.allocated: Array | None = None
         """The whole buffer, unused rows included."""
         self.n_rows = 0
@@ -38,10 +38,10 @@ class RowBuffer:
         """Add rows at the end."""
         end = self.n_rows + rows.shape[-2]
         if self.allocated is None or end > self.allocated.shape[-2]:
-            xp = self._backend.xp
+            xp = self._group.backend.xp
             n_rows = max(buffer_rows(end), buffer_rows(self.reserved) if self.reserved else 0)
             spare = (*rows.shape[:2], n_rows - self.n_rows, rows.shape[-1])
-            grown = xp.zeros(spare, dtype=rows.dtype, **self._backend.placement)
+            grown = xp.zeros(spare, dtype=rows.dtype, **self._group.backend.placement)
             kept = [] if self.allocated is None else [self.rows]
             self.allocated = xp.concat([*kept, grown], axis=-2)
         self.allocated[..., self.n_rows : end, :] = rows
@@ -57,7 +57,7 @@ class RowBuffer:
     def replace(self, start: int, end: int, by: Sequence[Array] = ()) -> None:
         """Put other rows in the place of those from ``start`` to ``end``, whose memory is freed."""
         parts = [self.rows[..., :start, :], *by, self.rows[..., end:, :]]
-        kept = self._backend.xp.concat(parts, axis=-2)
+        kept = self._group.backend.xp.concat(parts, axis=-2)
         self.allocated, self.n_rows, self.reserved = None, 0, 0
         self.append(kept)
 
@@ -74,8 +74,8 @@ class LayerCache:
         self.group = group
         self.index = index
         """Number of the layer in its group."""
-        self.keys = RowBuffer(group.backend)
-        self.values = RowBuffer(group.backend)
+        self.keys = RowBuffer(group)
+        self.values = RowBuffer(group)
         self.n_segment = 0
         """Rows of the group's segment that this layer still uses; trimming lowers it."""
         self.n_recent = 0

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from xkv.attention import rope_rows
 from xkv.config import XKVConfig
 from xkv.errors import InputError
-from xkv.layer_cache import LayerCache, RowBuffer
+from xkv.layer_cache import LayerCache
 from xkv.ranks import CacheShape, RankPlan, check_ranks, plan_ranks
 from xkv.selection import chunk_rows, make_landmarks
 from xkv.shared_factors import SharedFactors, factor_rows, fold_rows, merge_rows
@@ -31,7 +32,6 @@ class GroupCache:
 
     def __init__(self, cache: LowRankCache, n_layers: int, has_dense_values: bool = False) -> None:
         self.cache = cache
-        self.backend = cache.backend
         self.has_dense_values = has_dense_values
         self.layers = [LayerCache(self, index) for index in range(n_layers)]
         self.keys: SharedFactors | None = None
@@ -41,6 +41,10 @@ class GroupCache:
         """Position of the segment's first row."""
         self._retry_at = 0
         """Tokens from which on compression is worth another look."""
+
+    @property
+    def backend(self) -> Backend:
+        return self.cache.backend
 
     @property
     def is_compressed(self) -> bool:
@@ -76,16 +80,15 @@ class GroupCache:
         self.start = cache.config.sinks
         end = self.start + layout.n_rows
         rank_k, rank_v = plan.for_group(cache.shape.groups[cache.groups.index(self)], layout.n_rows)
-        outliers: Sequence[Array | None] = [None] * len(self.layers)
-        self.keys = self._factor(self._rows("keys", self.start, end), rank_k)
+        outliers: list[Array | None] = [None] * len(self.layers)
         if layout.is_selective:
             outliers = [self._summarize(layer, end, layout.n_outliers) for layer in self.layers]
-        self._keep_dense([layer.keys for layer in self.layers], end, outliers)
+        self.keys = self._factor("keys", end, rank_k, outliers)
         if not self.has_dense_values:
-            self.values = self._factor(self._rows("values", self.start, end), rank_v)
-            self._keep_dense([layer.values for layer in self.layers], end, outliers)
-        for layer in self.layers:
+            self.values = self._factor("values", end, rank_v, outliers)
+        for layer, rows in zip(self.layers, outliers, strict=True):
             layer.n_segment = layout.n_rows
+            layer.n_outlier_rows = 0 if rows is None else rows.shape[-1]
 
     def _fold(self, n_rows: int) -> None:
         """Move the first rows after the compressed part into it."""
@@ -99,7 +102,7 @@ class GroupCache:
             if factors is None:
                 folded.append(None)
                 continue
-            rows = self._rows(name, start, start + n_rows)
+            rows = [self._rows(layer, name, start, start + n_rows) for layer in self.layers]
             folded.append(
                 fold_rows(
                     self.backend,
@@ -168,22 +171,34 @@ class GroupCache:
 
         self.keys, self.values = short(self.keys), short(self.values)
 
-    def _rows(self, name: str, start: int, end: int) -> list[Array]:
-        """Dense rows of every layer, keys un-rotated: ``[B, L, n_kv_heads, dim]`` in float32."""
-        xp, layers = self.backend.xp, []
-        for layer in self.layers:
-            rows = getattr(layer, name).rows[..., start:end, :]
-            # float32 before the inverse rotation: 16-bit keys would be rounded twice
-            rows = xp.astype(rows, self.backend.accumulate_dtype(rows))
-            if name == "keys":
-                position = start - layer.n_outlier_rows + layer.n_segment + layer.n_recent
-                runs = layer.runs_between(position, position + end - start)
-                rows = rope_rows(self.backend, rows, position, runs, inverse=True)
-            layers.append(xp.permute_dims(rows, (0, 2, 1, 3)))
-        return layers
+    def _rows(self, layer: LayerCache, name: str, start: int, end: int) -> Array:
+        """Dense rows of a layer, keys un-rotated: ``[B, L, n_kv_heads, dim]`` in float32."""
+        xp = self.backend.xp
+        rows = getattr(layer, name).rows[..., start:end, :]
+        # float32 before the inverse rotation: 16-bit keys would be rounded twice
+        rows = xp.astype(rows, self.backend.accumulate_dtype(rows))
+        if name == "keys":
+            position = start - layer.n_outlier_rows + layer.n_segment + layer.n_recent
+            runs = layer.runs_between(position, position + end - start)
+            rows = rope_rows(self.backend, rows, position, runs, inverse=True)
+        rows = self.backend.own(xp.permute_dims(rows, (0, 2, 1, 3)))
+        self.backend.evaluate(rows)
+        return rows
 
-    def _factor(self, layers: list[Array], rank: int) -> SharedFactors:
+    def _factor(
+        self, name: str, end: int, rank: int, outliers: Sequence[Array | None]
+    ) -> SharedFactors:
+        """Factor the rows from ``start`` to ``end``, which are freed layer by layer on the way."""
         config, dtype = self.cache.config, self.layers[0].keys.rows.dtype
+        layers = []
+        for layer, outlier_rows in zip(self.layers, outliers, strict=True):
+            layers.append(self._rows(layer, name, self.start, end))
+            buffer, kept = getattr(layer, name), []
+            if outlier_rows is not None:
+                rows = outlier_rows[..., None]
+                kept.append(self.backend.xp.take_along_axis(buffer.rows, rows, axis=-2))
+            buffer.replace(self.start, end, kept)
+            self.backend.evaluate(buffer.allocated)
         factors = factor_rows(
             self.backend,
             layers,
@@ -209,19 +224,7 @@ class GroupCache:
             config.landmark_bits,
         )
         self.backend.evaluate(*layer.landmarks.held)
-        layer.n_outlier_rows = n_outliers * config.chunk_size
         return chunk_rows(self.backend, outliers, config.chunk_size) + self.start
-
-    def _keep_dense(
-        self, buffers: list[RowBuffer], end: int, outliers: Sequence[Array | None]
-    ) -> None:
-        """Free the segment's rows, but for copies of the outliers."""
-        for buffer, rows in zip(buffers, outliers, strict=True):
-            kept = []
-            if rows is not None:
-                kept.append(self.backend.xp.take_along_axis(buffer.rows, rows[..., None], axis=-2))
-            buffer.replace(self.start, end, kept)
-            self.backend.evaluate(buffer.allocated)
 
     def arrays(self) -> list[Array]:
         """The latents, counted once for the group."""
@@ -264,6 +267,12 @@ class LowRankCache:
             for group, indices in zip(self.groups, groups, strict=True)
             for layer_idx, layer in zip(indices, group.layers, strict=True)
         }
+        self.indices = tuple(tuple(group) for group in groups)
+        """Layer indices of each group."""
+        self.uid = uuid.uuid4().hex
+        """Names the cache whose layers a file keeps apart."""
+        self.fingerprint: str | None = None
+        """Names the model that made the rows, where it is known."""
         self.on_progress = on_progress
         self.is_streaming = False
         """Whether a prompt is compressed while it streams in, so that parts of it are approximate

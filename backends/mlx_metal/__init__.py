@@ -6,6 +6,7 @@ from typing import Any
 
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.cache import XKVCache, make_prompt_cache
+from xkv.backends.mlx_metal.enable import disable, enable
 from xkv.backends.mlx_metal.seam import attention_seam
 from xkv.engine import Engine
 from xkv.kernels import KernelMode
@@ -14,6 +15,8 @@ __all__ = [
     "MLXBackend",
     "XKVCache",
     "attention_seam",
+    "disable",
+    "enable",
     "load_engine",
     "make_backend",
     "make_prompt_cache",

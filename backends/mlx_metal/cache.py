@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -11,17 +12,15 @@ import mlx.nn as nn
 from mlx_lm.models import cache as mlx_cache
 from mlx_lm.models.base import create_causal_mask
 
+from xkv.backends.mlx_metal import cache_state
 from xkv.backends.mlx_metal.backend import MLXBackend
-from xkv.backends.mlx_metal.ropes import find_rope
+from xkv.backends.mlx_metal.seam import AttendingCache
 from xkv.config import XKVConfig
-from xkv.errors import InputError
-from xkv.grouping import make_groups
 from xkv.layer_cache import LayerCache
-from xkv.lowrank_cache import LowRankCache
 from xkv.rope import Rope
 
 
-class XKVCache(mlx_cache._BaseCache):
+class XKVCache(mlx_cache._BaseCache, AttendingCache):
     """One layer's cache, in place of mlx-lm's ``KVCache``.
 
     ``update_and_fetch`` returns dense keys and values that MLX has not computed yet. Under
@@ -35,6 +34,9 @@ class XKVCache(mlx_cache._BaseCache):
         # weak: where the seam is not used, these arrays are computed and must not outlive the step
         self._returned: tuple[weakref.ref, weakref.ref] | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> XKVCache:
+        return XKVCache(copy.deepcopy(self.layer, memo), self._rope)
+
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Take new tokens ``[B, n_kv_heads, L, head_dim]``; returns all tokens' keys and values."""
         rope = None if self._rope is None else self._rope.at(self.offset + keys.shape[-2])
@@ -44,8 +46,11 @@ class XKVCache(mlx_cache._BaseCache):
         self._returned = (weakref.ref(returned[0]), weakref.ref(returned[1])) if is_lazy else None
         return returned
 
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """All tokens' keys and values, for layers that look at another layer's."""
+        return self.layer.dense()
+
     def takes(self, keys: Any, values: Any) -> bool:
-        """Whether attention over exactly these arrays is this compressed cache's to compute."""
         if self._returned is None:
             return False
         mine = keys is self._returned[0]() and values is self._returned[1]()
@@ -75,12 +80,31 @@ class XKVCache(mlx_cache._BaseCache):
 
     @property
     def state(self) -> list[mx.array]:
-        """The arrays that this layer holds, for evaluation."""
-        return self.layer.arrays()
+        """Arrays from which :meth:`from_state` makes the layer's cache again.
+
+        The first tells of the others; a group's latents are in its first layer's state.
+        """
+        return cache_state.write_layer(self.layer, self._rope)
 
     @state.setter
-    def state(self, value: Any) -> None:
-        raise InputError("an xKV cache cannot be restored from a file yet; run the prompt again")
+    def state(self, value: list[mx.array]) -> None:
+        self.__init__(*cache_state.read_layer(value))  # type: ignore[misc]
+
+    @property
+    def meta_state(self) -> str:
+        """Part of mlx-lm's contract up to 0.31; everything is in :attr:`state`."""
+        return ""
+
+    @classmethod
+    def from_state(cls, state: list[mx.array], meta_state: Any = None) -> XKVCache:
+        """Make a layer's cache from its state; the first layer of a cache has to come first.
+
+        Raises:
+            InputError: If the state is of another version or incomplete.
+        """
+        cache = cls.__new__(cls)
+        cache.state = state
+        return cache
 
     @property
     def nbytes(self) -> int:
@@ -102,7 +126,11 @@ def make_prompt_cache(
     backend: MLXBackend | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Any]:
-    """A compressed prompt cache for any model whose layers use mlx-lm's plain ``KVCache``.
+    """A compressed prompt cache for an mlx-lm model.
+
+    The model's functions see it as they would their own. What :func:`xkv.enable` adds is prefill
+    layer by layer and attention from the compressed form; without it (or
+    :func:`xkv.backends.mlx_metal.attention_seam`) the cache is right, but slower.
 
     Args:
         model: From ``mlx_lm.load``.
@@ -111,27 +139,14 @@ def make_prompt_cache(
         on_progress: Called with (factorizations done, factorizations in all) after each.
 
     Returns:
-        One cache a layer, for ``prompt_cache=`` of mlx-lm's functions. Compression happens at the
-        first call of few tokens after a prompt (``xkv.layer_cache.DECODE_TOKENS``).
+        One cache a layer, for ``prompt_cache=`` of mlx-lm's functions; layers without a full KV
+        cache keep mlx-lm's. Compression happens at the first call of few tokens after a prompt
+        (``xkv.layer_cache.DECODE_TOKENS``).
 
     Raises:
-        InputError: If a layer's cache or rotary embedding is of another kind, by name.
+        InputError: If no layer can be compressed, or a rotary embedding is not known, by name.
     """
-    config = config or XKVConfig()
-    native = mlx_cache.make_prompt_cache(model)
-    groups = make_groups(config, len(native))
-    grouped = sorted(layer for group in groups for layer in group)
-    for layer_idx in grouped:
-        if type(native[layer_idx]) is not mlx_cache.KVCache:
-            raise InputError(
-                f"layer {layer_idx} uses {type(native[layer_idx]).__name__}, and only plain "
-                "KVCache layers can be compressed; use --group-size 0 to run with the full cache"
-            )
-    ropes = {layer_idx: find_rope(model.layers[layer_idx]) for layer_idx in grouped}
-    cache = LowRankCache(
-        backend or MLXBackend(), config, groups, len(native) - len(grouped), on_progress
-    )
-    return [
-        XKVCache(cache.layers[i], ropes[i]) if i in cache.layers else plain
-        for i, plain in enumerate(native)
-    ]
+    from xkv.backends.mlx_metal.enable import CachePlan
+
+    plan = CachePlan.of(model, config or XKVConfig())
+    return plan.make(backend or MLXBackend(), on_progress)

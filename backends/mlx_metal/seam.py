@@ -3,28 +3,76 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models import base
 
-from xkv.backends.mlx_metal.cache import XKVCache
-
 _NAME = "scaled_dot_product_attention"
 
 
-@contextlib.contextmanager
-def attention_seam() -> Iterator[None]:
-    """Let compressed caches compute attention themselves, in every loaded mlx-lm model.
+def module(name: str) -> Any:
+    """A module of mlx-lm by its full name, which a function of the same name may hide."""
+    return importlib.import_module(name)
 
-    Inside, ``scaled_dot_product_attention`` is rebound in ``mlx_lm.models.base`` and in every model
-    module that imported it; other caches' calls go to the original unchanged. Models must be loaded
-    before.
+
+class AttendingCache:
+    """A cache that may compute the attention over what it returned itself."""
+
+    def takes(self, keys: Any, values: Any) -> bool:
+        """Whether attention over exactly these arrays is this cache's to compute."""
+        raise NotImplementedError
+
+    def attend(self, queries: mx.array, scale: float, mask: mx.array | str | None) -> mx.array:
+        """Attention of the newest tokens ``[B, n_heads, L, head_dim]`` over the cache."""
+        raise NotImplementedError
+
+
+class Patch:
+    """A function of mlx-lm that is replaced in every module that holds it, while anyone needs it.
+
+    Models import their attention by name, and so do programs with the generation loops.
+
+    Args:
+        home: The module that defines it.
+        name: Its name there.
+        replace: Makes the replacement of the original.
     """
-    original = getattr(base, _NAME)
 
+    def __init__(self, home: Any, name: str, replace: Callable[[Any], Any]) -> None:
+        self._home, self._name, self._replace = home, name, replace
+        self._original: Any = None
+        self._mine: Any = None
+        self._n_users = 0
+
+    @property
+    def is_installed(self) -> bool:
+        return self._n_users > 0
+
+    def install(self) -> None:
+        if self._n_users == 0:
+            self._original = getattr(self._home, self._name)
+            self._mine = self._replace(self._original)
+            self._rebind(self._original, self._mine)
+        self._n_users += 1
+
+    def remove(self) -> None:
+        self._n_users -= 1
+        if self._n_users == 0:
+            # models that were loaded meanwhile hold the replacement too
+            self._rebind(self._mine, self._original)
+
+    def _rebind(self, old: Any, new: Any) -> None:
+        for module in list(sys.modules.values()):
+            names = getattr(module, "__dict__", None)
+            if names is not None and names.get(self._name) is old:
+                names[self._name] = new
+
+
+def _attention_of(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
     def attention(
         queries: mx.array,
         keys: Any,
@@ -35,24 +83,26 @@ def attention_seam() -> Iterator[None]:
         sinks: mx.array | None = None,
         **kwargs: Any,
     ) -> mx.array:
-        if (
-            sinks is None
-            and not kwargs
-            and isinstance(cache, XKVCache)
-            and cache.takes(keys, values)
-        ):
+        is_ours = isinstance(cache, AttendingCache) and not kwargs
+        if is_ours and cache.takes(keys, values) and sinks is None:
             return cache.attend(queries, scale, mask)
         return original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks, **kwargs)
 
-    holders = [
-        module
-        for name, module in list(sys.modules.items())
-        if name.startswith("mlx_lm.models.") and vars(module).get(_NAME) is original
-    ]
+    return attention
+
+
+ATTENTION = Patch(base, _NAME, _attention_of)
+
+
+@contextlib.contextmanager
+def attention_seam() -> Iterator[None]:
+    """Let compressed caches compute attention themselves, in every mlx-lm model.
+
+    Inside, ``scaled_dot_product_attention`` is rebound in ``mlx_lm.models.base`` and in every model
+    module that imported it; other caches' calls go to the original unchanged.
+    """
+    ATTENTION.install()
     try:
-        for module in holders:
-            setattr(module, _NAME, attention)
         yield
     finally:
-        for module in holders:
-            setattr(module, _NAME, original)
+        ATTENTION.remove()

@@ -1,0 +1,284 @@
+"""Making every mlx-lm function use the compressed cache of one model, until it is disabled."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from mlx_lm.models import cache as mlx_cache
+
+from xkv.backends.mlx_metal import seam
+from xkv.backends.mlx_metal.backend import MLXBackend
+from xkv.backends.mlx_metal.cache import XKVCache
+from xkv.backends.mlx_metal.prefill import LayerwisePrefill, Prefill
+from xkv.backends.mlx_metal.probe import ModelProbe, probe_model
+from xkv.config import XKVConfig
+from xkv.errors import InputError
+from xkv.grouping import make_groups
+from xkv.layer_cache import DECODE_TOKENS
+from xkv.lowrank_cache import LowRankCache
+from xkv.report import LayerKind, LayerReport, Report
+
+_log = logging.getLogger("xkv")
+_ATTRIBUTE = "_xkv"
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What becomes of each of a model's caches.
+
+    Args:
+        model: The model.
+        config: As asked for.
+        probe: What the model asks of its caches.
+        groups: Indices of the caches that share a latent.
+    """
+
+    model: nn.Module
+    config: XKVConfig
+    probe: ModelProbe
+    groups: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, config: XKVConfig) -> CachePlan:
+        """Look at a model.
+
+        Raises:
+            InputError: If nothing of it can be compressed, with the reason.
+        """
+        enabled = enabled_state(model)
+        if enabled is not None:
+            return cls.from_probe(model, config, enabled.plan.probe)
+        layers = LayerwisePrefill(model)
+        try:
+            return cls.from_probe(model, config, probe_model(model, layers))
+        finally:
+            layers.remove()
+
+    @classmethod
+    def from_probe(cls, model: nn.Module, config: XKVConfig, probe: ModelProbe) -> CachePlan:
+        """The plan for a model that was looked at."""
+        kinds = [cache.shape for cache in probe.caches]
+        if not any(kinds):
+            reasons = sorted({cache.reason for cache in probe.caches if cache.reason})
+            raise InputError(
+                f"{model_name(model)} has no layer with a full KV cache to compress "
+                f"(its layers: {'; '.join(reasons) or 'none'}); run it with mlx-lm itself"
+            )
+        if any(kind is not None and kind.is_mla for kind in kinds):
+            # a latent has no heads whose keys could be selected
+            config = replace(config, attention="dense")
+        return cls(model, config, probe, make_groups(config, len(kinds), kinds))
+
+    def make(
+        self, backend: MLXBackend, on_progress: Callable[[int, int], None] | None = None
+    ) -> list[Any]:
+        """A new prompt cache."""
+        shape = self.probe.cache_shape(self.groups)
+        cache = LowRankCache(backend, self.config, self.groups, 0, on_progress, shape)
+        ropes = [probe.rope for probe in self.probe.caches]
+        return [
+            XKVCache(cache.layers[i], ropes[i]) if i in cache.layers else native
+            for i, native in enumerate(native_caches(self.model))
+        ]
+
+    def report(self) -> Report:
+        """Which layers are compressed, and which are not."""
+        grouped = {index: group for group in self.groups for index in group}
+        layers = []
+        for index, cache in enumerate(self.probe.caches):
+            if index in grouped:
+                kind: LayerKind = "compressed" if cache.reaches_seam else "bypassed"
+                layers.append(LayerReport(index, kind, grouped[index]))
+            elif cache.shape is not None:
+                layers.append(LayerReport(index, "dense", detail="left out of the groups"))
+            else:
+                layers.append(LayerReport(index, "native", detail=cache.reason or ""))
+        return Report(model_name(self.model), tuple(layers), self.probe.why_not_layerwise)
+
+
+class Enabled:
+    """A model whose prompt caches are ours."""
+
+    def __init__(self, model: nn.Module, config: XKVConfig, backend: MLXBackend) -> None:
+        self.model = model
+        self.backend = backend
+        self.on_factor: Callable[[int, int], None] | None = None
+        """Called with (factorizations done, factorizations in all)."""
+        self.layers = LayerwisePrefill(model)
+        try:
+            self.plan = CachePlan.from_probe(model, config, probe_model(model, self.layers))
+        except BaseException:
+            self.layers.remove()
+            raise
+        self.fingerprint = _fingerprint(model)
+        for patch in _PATCHES:
+            patch.install()
+        setattr(mlx_cache, XKVCache.__name__, XKVCache)
+        model.make_cache = self.make_cache
+        setattr(model, _ATTRIBUTE, self)
+
+    def remove(self) -> None:
+        """Give the model its own cache back."""
+        delattr(self.model, _ATTRIBUTE)
+        del self.model.make_cache
+        self.layers.remove()
+        for patch in _PATCHES:
+            patch.remove()
+        if not seam_in_use():
+            delattr(mlx_cache, XKVCache.__name__)
+
+    def make_cache(self) -> list[Any]:
+        """What mlx-lm calls to make a prompt cache."""
+        caches = self.plan.make(self.backend, self.on_factor)
+        cache = lowrank_cache(caches)
+        assert cache is not None
+        cache.fingerprint = self.fingerprint
+        cache.is_streaming = self.plan.probe.why_not_layerwise is not None
+        return caches
+
+    def check(self, caches: Sequence[Any]) -> None:
+        """Refuse a cache of another model or configuration, as one from a file may be.
+
+        Raises:
+            InputError: With what differs.
+        """
+        cache = lowrank_cache(caches)
+        if cache is None:
+            return
+        if len(caches) != len(self.plan.probe.caches) or (
+            cache.fingerprint is not None and cache.fingerprint != self.fingerprint
+        ):
+            raise InputError("the prompt cache was made by another model than the one it is for")
+        mine, its = asdict(self.plan.config), asdict(cache.config)
+        differing = [
+            f"{name}={its[name]} (here {mine[name]})" for name in mine if mine[name] != its[name]
+        ]
+        if differing:
+            raise InputError(
+                f"the prompt cache was made with {', '.join(differing)}: "
+                "use the same options, or make it again"
+            )
+
+    def generate(
+        self, original: Callable[..., Iterator[Any]], prompt: mx.array, args: Any, kwargs: Any
+    ) -> Iterator[Any]:
+        """``mlx_lm.generate.generate_step`` with the prompt going through layer by layer."""
+        for name, flag in (("kv_bits", "--kv-bits"), ("max_kv_size", "--max-kv-size")):
+            if kwargs.get(name) is not None:
+                raise InputError(
+                    f"{flag} changes mlx-lm's own cache, which xKV replaces: leave it out, or "
+                    "run without xKV"
+                )
+        if kwargs.get("prompt_cache") is None:
+            kwargs["prompt_cache"] = self.make_cache()
+        caches = kwargs["prompt_cache"]
+        self.check(caches)
+        embeddings = kwargs.get("input_embeddings")
+        n_tokens = len(prompt if embeddings is None else embeddings)
+        is_layerwise = self.plan.probe.why_not_layerwise is None
+        if lowrank_cache(caches) is None or not is_layerwise or n_tokens <= DECODE_TOKENS + 1:
+            yield from original(prompt, self.model, *args, **kwargs)
+            return
+        step_size = kwargs.get("prefill_step_size", DEFAULT_STEP_SIZE)
+        progress = kwargs.get("prompt_progress_callback") or (lambda done, total: None)
+        kwargs["prefill_step_size"] = n_tokens
+        prefill = Prefill(
+            caches, max(step_size, DECODE_TOKENS + 1), len(self.layers.layers), progress
+        )
+        self.layers.start(prefill)
+        try:
+            steps = original(prompt, self.model, *args, **kwargs)
+            first = next(steps, None)
+        finally:
+            self.layers.stop(prefill)
+        if first is not None:
+            yield first
+            yield from steps
+
+
+DEFAULT_STEP_SIZE = 2048
+"""mlx-lm's default of ``prefill_step_size``."""
+
+
+def _generate_step_of(original: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    @functools.wraps(original)
+    def generate_step(prompt: mx.array, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        enabled = enabled_state(model)
+        if enabled is None:
+            return original(prompt, model, *args, **kwargs)
+        return enabled.generate(original, prompt, args, kwargs)
+
+    return generate_step
+
+
+_GENERATE = seam.module("mlx_lm.generate")
+_PATCHES = (seam.ATTENTION, seam.Patch(_GENERATE, "generate_step", _generate_step_of))
+
+
+def seam_in_use() -> bool:
+    """Whether a model is enabled."""
+    return _PATCHES[1].is_installed
+
+
+def enable(
+    model: nn.Module, config: XKVConfig | None = None, *, backend: MLXBackend | None = None
+) -> Report:
+    """Give a model compressed prompt caches; see :func:`xkv.enable`."""
+    if enabled_state(model) is not None:
+        disable(model)
+    enabled = Enabled(model, config or XKVConfig(), backend or MLXBackend())
+    report = enabled.plan.report()
+    for sentence in report.warnings():
+        _log.warning(sentence)
+    return report
+
+
+def disable(model: nn.Module) -> None:
+    """Give an enabled model its own cache back; see :func:`xkv.disable`."""
+    enabled = enabled_state(model)
+    if enabled is None:
+        raise InputError("this model is not enabled")
+    enabled.remove()
+
+
+def enabled_state(model: nn.Module) -> Enabled | None:
+    """What :func:`enable` left on a model."""
+    return vars(model).get(_ATTRIBUTE)
+
+
+def native_caches(model: nn.Module) -> list[Any]:
+    """mlx-lm's own prompt cache, of an enabled model too."""
+    mine = vars(model).pop("make_cache", None)
+    try:
+        return mlx_cache.make_prompt_cache(model)
+    finally:
+        if mine is not None:
+            model.make_cache = mine
+
+
+def lowrank_cache(caches: Sequence[Any]) -> LowRankCache | None:
+    """The compressed cache behind a prompt cache, None if it has none."""
+    return next((x.layer.group.cache for x in caches if isinstance(x, XKVCache)), None)
+
+
+def model_name(model: nn.Module) -> str:
+    """The model file's name, which is the ``model_type`` for most."""
+    return type(model).__module__.rsplit(".", 1)[-1]
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Tells models apart by their classes, shapes and a few of their weights."""
+    parameters: Any = tree_flatten(model.parameters())
+    code = zlib.crc32(f"{model_name(model)} {len(parameters)}".encode())
+    for name, value in parameters[:: max(1, len(parameters) // 16)]:
+        few = value.reshape(-1)[:16].astype(mx.float32)
+        code = zlib.crc32(f"{name} {value.shape} {few.tolist()}".encode(), code)
+    return f"{code:08x}"
