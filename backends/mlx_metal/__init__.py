@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.cache import XKVCache, make_prompt_cache
 from xkv.backends.mlx_metal.enable import disable, enable
+from xkv.backends.mlx_metal.files import load_prompt_cache, save_prompt_cache
 from xkv.backends.mlx_metal.seam import attention_seam
 from xkv.engine import Engine
 from xkv.kernels import KernelMode
@@ -18,8 +20,14 @@ __all__ = [
     "disable",
     "enable",
     "load_engine",
+    "load_prompt_cache",
     "make_backend",
     "make_prompt_cache",
+    "run_cache_prompt",
+    "run_chat",
+    "run_generate",
+    "run_server",
+    "save_prompt_cache",
 ]
 
 
@@ -33,3 +41,31 @@ def load_engine(model: str, **options: Any) -> Engine:
     from xkv.backends.mlx_metal import engine
 
     return engine.load_engine(model, **options)
+
+
+def run_chat(argv: Sequence[str] | None = None) -> None:
+    """See :mod:`xkv.chat`."""
+    from xkv.backends.mlx_metal import chat
+
+    chat.run_chat(argv)
+
+
+def run_cache_prompt(argv: Sequence[str] | None = None) -> None:
+    """See :mod:`xkv.cache_prompt`."""
+    from xkv.backends.mlx_metal import chat
+
+    chat.run_cache_prompt(argv)
+
+
+def run_generate(argv: Sequence[str] | None = None) -> None:
+    """See :mod:`xkv.generate`."""
+    from xkv.backends.mlx_metal import generate
+
+    generate.run_generate(argv)
+
+
+def run_server(argv: Sequence[str] | None = None) -> None:
+    """See :mod:`xkv.server`."""
+    from xkv.backends.mlx_metal import server
+
+    server.run_server(argv)

@@ -75,8 +75,12 @@ class XKVCache(mlx_cache._BaseCache, AttendingCache):
     def empty(self) -> bool:
         return self.layer.offset == 0
 
-    def make_mask(self, N: int, **kwargs: Any) -> mx.array | str | None:
-        return mlx_cache.create_attention_mask(N, offset=self.offset, **kwargs)
+    def make_mask(
+        self, N: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array | str | None:
+        return mlx_cache.create_attention_mask(
+            N, offset=self.offset, return_array=return_array, window_size=window_size
+        )
 
     @property
     def state(self) -> list[mx.array]:

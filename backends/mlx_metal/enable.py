@@ -17,7 +17,7 @@ from mlx_lm.models import cache as mlx_cache
 from xkv.backends.mlx_metal import seam
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.cache import XKVCache
-from xkv.backends.mlx_metal.prefill import LayerwisePrefill, Prefill
+from xkv.backends.mlx_metal.prefill import LayerwisePrefill, Prefill, flatten
 from xkv.backends.mlx_metal.probe import ModelProbe, probe_model
 from xkv.config import XKVConfig
 from xkv.errors import InputError
@@ -70,7 +70,8 @@ class CachePlan:
             reasons = sorted({cache.reason for cache in probe.caches if cache.reason})
             raise InputError(
                 f"{model_name(model)} has no layer with a full KV cache to compress "
-                f"(its layers: {'; '.join(reasons) or 'none'}); run it with mlx-lm itself"
+                f"(its layers: {'; '.join(reasons) or 'none'}); "
+                "use --group-size 0 to run it as mlx-lm does"
             )
         if any(kind is not None and kind.is_mla for kind in kinds):
             # a latent has no heads whose keys could be selected
@@ -84,10 +85,16 @@ class CachePlan:
         shape = self.probe.cache_shape(self.groups)
         cache = LowRankCache(backend, self.config, self.groups, 0, on_progress, shape)
         ropes = [probe.rope for probe in self.probe.caches]
-        return [
-            XKVCache(cache.layers[i], ropes[i]) if i in cache.layers else native
-            for i, native in enumerate(native_caches(self.model))
-        ]
+        numbers = iter(range(len(ropes)))
+
+        def compressed(native: Any) -> Any:
+            if hasattr(native, "caches"):
+                native.caches = tuple(compressed(part) for part in native.caches)
+                return native
+            i = next(numbers)
+            return XKVCache(cache.layers[i], ropes[i]) if i in cache.layers else native
+
+        return [compressed(native) for native in native_caches(self.model)]
 
     def report(self) -> Report:
         """Which layers are compressed, and which are not."""
@@ -153,7 +160,7 @@ class Enabled:
         cache = lowrank_cache(caches)
         if cache is None:
             return
-        if len(caches) != len(self.plan.probe.caches) or (
+        if len(list(flatten(caches))) != len(self.plan.probe.caches) or (
             cache.fingerprint is not None and cache.fingerprint != self.fingerprint
         ):
             raise InputError("the prompt cache was made by another model than the one it is for")
@@ -190,9 +197,7 @@ class Enabled:
         step_size = kwargs.get("prefill_step_size", DEFAULT_STEP_SIZE)
         progress = kwargs.get("prompt_progress_callback") or (lambda done, total: None)
         kwargs["prefill_step_size"] = n_tokens
-        prefill = Prefill(
-            caches, max(step_size, DECODE_TOKENS + 1), len(self.layers.layers), progress
-        )
+        prefill = Prefill(caches, max(step_size, DECODE_TOKENS + 1), progress)
         self.layers.start(prefill)
         try:
             steps = original(prompt, self.model, *args, **kwargs)
@@ -266,7 +271,7 @@ def native_caches(model: nn.Module) -> list[Any]:
 
 def lowrank_cache(caches: Sequence[Any]) -> LowRankCache | None:
     """The compressed cache behind a prompt cache, None if it has none."""
-    return next((x.layer.group.cache for x in caches if isinstance(x, XKVCache)), None)
+    return next((x.layer.group.cache for x in flatten(caches) if isinstance(x, XKVCache)), None)
 
 
 def model_name(model: nn.Module) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from mlx_lm.models import cache as mlx_cache
 from mlx_lm.sample_utils import make_sampler
 
 from xkv.backends.mlx_metal.backend import MLXBackend
-from xkv.backends.mlx_metal.cache import XKVCache, make_prompt_cache
-from xkv.backends.mlx_metal.seam import attention_seam
+from xkv.backends.mlx_metal.enable import disable, enable, enabled_state, lowrank_cache
+from xkv.backends.mlx_metal.memory import dense_bytes
+from xkv.backends.mlx_metal.prefill import flatten
 from xkv.config import XKVConfig
 from xkv.engine import Engine, Generation, Progress, Sampling, describe
 from xkv.errors import InputError
@@ -39,44 +40,87 @@ class MLXEngine(Engine):
         on_text: Callable[[str], None] = lambda text: None,
         on_progress: Progress = lambda phase, done, total: None,
     ) -> Generation:
-        if config is None:
-            cache = mlx_cache.make_prompt_cache(self.model)
-        else:
-            cache = make_prompt_cache(
-                self.model,
-                config,
-                backend=self.backend,
-                on_progress=lambda done, total: on_progress("factorize", done, total),
-            )
         if sampling.seed is not None:
             mx.random.seed(sampling.seed)
-        sampler = make_sampler(sampling.temp, sampling.top_p, sampling.min_p, top_k=sampling.top_k)
+        return self.answer(
+            prompt,
+            config,
+            on_text,
+            on_progress,
+            max_tokens=sampling.max_tokens,
+            sampler=make_sampler(
+                sampling.temp, sampling.top_p, sampling.min_p, top_k=sampling.top_k
+            ),
+            prefill_step_size=prefill_step_size,
+        )
+
+    def answer(
+        self,
+        prompt: Sequence[int],
+        config: XKVConfig | None,
+        on_text: Callable[[str], None],
+        on_progress: Progress,
+        *,
+        prompt_cache: list[Any] | None = None,
+        draft_model: Any = None,
+        **options: Any,
+    ) -> Generation:
+        """:meth:`generate` with the options of ``mlx_lm.stream_generate`` instead of ours."""
+        with self._enabled(config, on_progress):
+            cache = prompt_cache or [
+                layer
+                for model in (self.model, draft_model)
+                if model is not None
+                for layer in mlx_cache.make_prompt_cache(model)
+            ]
+            return self._stream(
+                prompt, cache, on_text, on_progress, draft_model=draft_model, **options
+            )
+
+    @contextlib.contextmanager
+    def _enabled(self, config: XKVConfig | None, on_progress: Progress) -> Iterator[None]:
+        if config is None:
+            yield
+            return
+        enable(self.model, config, backend=self.backend)
+        state = enabled_state(self.model)
+        assert state is not None
+        state.on_factor = lambda done, total: on_progress("factorize", done, total)
+        try:
+            yield
+        finally:
+            disable(self.model)
+
+    def _stream(
+        self,
+        prompt: Sequence[int],
+        cache: list[Any],
+        on_text: Callable[[str], None],
+        on_progress: Progress,
+        **options: Any,
+    ) -> Generation:
         before = self.backend.active_memory()
         self.backend.reset_peak_memory()
         text, tokens, finish = [], [], None
-        with attention_seam() if config is not None else contextlib.nullcontext():
-            for response in mlx_lm.stream_generate(
-                self.model,
-                self.tokenizer,
-                list(prompt),
-                max_tokens=sampling.max_tokens,
-                sampler=sampler,
-                prompt_cache=cache,
-                prefill_step_size=prefill_step_size,
-                prompt_progress_callback=lambda done, total: on_progress("prefill", done, total),
-            ):
-                text.append(response.text)
-                on_text(response.text)
-                tokens.append(response.token)
-                finish = response.finish_reason
+        for response in mlx_lm.stream_generate(
+            self.model,
+            self.tokenizer,
+            list(prompt),
+            prompt_cache=cache,
+            prompt_progress_callback=lambda done, total: on_progress("prefill", done, total),
+            **options,
+        ):
+            text.append(response.text)
+            on_text(response.text)
+            tokens.append(response.token)
+            finish = response.finish_reason
         prompt_seconds = response.prompt_tokens / response.prompt_tps
         decode_tps = response.generation_tps
         del response
         if finish == "stop":
             tokens.pop()
-        compressed = next((x.layer.group.cache for x in cache if isinstance(x, XKVCache)), None)
+        compressed = lowrank_cache(cache)
         factorize_seconds = compressed.factorize_seconds if compressed else 0.0
-        held = sum(layer.nbytes for layer in cache)
         return Generation(
             text="".join(text),
             tokens=tuple(tokens),
@@ -85,8 +129,8 @@ class MLXEngine(Engine):
             factorize_seconds=factorize_seconds,
             decode_tps=decode_tps,
             peak_bytes=self.backend.peak_memory(),
-            dense_bytes=sum(_dense_bytes(layer) for layer in cache),
-            held_bytes=held,
+            dense_bytes=sum(dense_bytes(layer) for layer in flatten(cache)),
+            held_bytes=sum(layer.nbytes for layer in cache),
             allocated_bytes=self.backend.active_memory() - before,
             notice=compressed.notice if compressed else None,
             detail=describe(compressed) if compressed else None,
@@ -99,11 +143,23 @@ def load_engine(model: str, *, trust_remote_code: bool = False, **options: Any) 
     Raises:
         InputError: If there is no such model, or mlx-lm does not know its type.
     """
+    tokenizer_config = {"trust_remote_code": True} if trust_remote_code else {}
+    with load_errors(model):
+        loaded, tokenizer, *_ = mlx_lm.load(model, tokenizer_config=tokenizer_config)
+    return MLXEngine(loaded, tokenizer, MLXBackend(**options))
+
+
+@contextlib.contextmanager
+def load_errors(model: str) -> Iterator[None]:
+    """Say in one sentence why a model cannot be loaded.
+
+    Raises:
+        InputError: If there is no such model, or mlx-lm does not know its type.
+    """
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         raise InputError(f"{model} has no config.json, so it is not a model directory")
-    tokenizer_config = {"trust_remote_code": True} if trust_remote_code else {}
     try:
-        loaded, tokenizer, *_ = mlx_lm.load(model, tokenizer_config=tokenizer_config)
+        yield
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
             f"model {model!r} is neither a directory nor a repository that can be reached: "
@@ -112,19 +168,6 @@ def load_engine(model: str, *, trust_remote_code: bool = False, **options: Any) 
     # unknown types, weights missing or too many, a config without a field, a broken file
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise InputError(f"mlx-lm cannot load {model}: {_first_line(error)}") from error
-    return MLXEngine(loaded, tokenizer, MLXBackend(**options))
-
-
-def _dense_bytes(layer: Any) -> int:
-    """What a layer's tokens take in a full cache without spare rows."""
-    if isinstance(layer, XKVCache):
-        return layer.layer.dense_bytes
-    rows = layer.keys.shape[-2] if getattr(layer, "keys", None) is not None else 0
-    return (
-        layer.nbytes * layer.offset // rows
-        if rows and type(layer) is mlx_cache.KVCache
-        else (layer.nbytes)
-    )
 
 
 def _first_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ every decoder layer's class is replaced by one that does this, and otherwise doe
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -27,34 +27,42 @@ class CannotChunk(Exception):
     """A layer is called with something that cannot be cut into chunks of tokens."""
 
 
+def flatten(caches: Sequence[Any]) -> Iterator[Any]:
+    """The caches of a prompt cache, those in mlx-lm's ``CacheList`` one by one."""
+    for cache in caches:
+        yield from flatten(cache.caches) if hasattr(cache, "caches") else [cache]
+
+
 class Prefill:
     """One prompt on its way through the layers.
 
     Args:
-        caches: One a layer that has one, all at the same offset.
+        caches: The prompt cache.
         step_size: Most tokens that a layer takes at a time.
-        n_layers: Decoder layers, for the progress.
         on_progress: Called after each chunk.
     """
+
+    is_dry_run = False
+    """Whether nothing is to be computed."""
 
     def __init__(
         self,
         caches: Sequence[Any],
         step_size: int,
-        n_layers: int,
         on_progress: Progress = lambda done, total: None,
     ) -> None:
         self.caches = list(caches)
         self.step_size = step_size
-        self.n_layers = n_layers
         self.on_progress = on_progress
-        self.is_dry_run = False
-        self.n_calls = 0
-        self._masks: dict[int, tuple[mx.array, dict[str, Any]]] = {}
+        self.called: list[int] = []
+        """Ids of the caches whose layers were called, in order."""
+        self._offset = max((getattr(x, "offset", 0) for x in flatten(caches)), default=0)
+        self._masks: dict[int, tuple[mx.array, type, int, dict[str, Any]]] = {}
         for cache in self.caches:
-            self._record_masks(cache)
+            for index, part in enumerate(flatten([cache])):
+                self._record_masks(part, index)
 
-    def _record_masks(self, cache: Any) -> None:
+    def _record_masks(self, cache: Any, index: int) -> None:
         """Remember how a mask was asked for, so that a chunk's can be asked for the same way."""
         if not hasattr(type(cache), "make_mask"):
             return
@@ -64,56 +72,52 @@ class Prefill:
             mask = original(*args, **kwargs)
             if isinstance(mask, mx.array):
                 # the array is kept, so that no other gets its id
-                self._masks[id(mask)] = (mask, kwargs)
+                self._masks[id(mask)] = (mask, type(cache), index, kwargs)
             return mask
 
         cache.make_mask = make_mask
 
     def close(self) -> None:
         """Give the caches their own masks back."""
-        for cache in self.caches:
+        for cache in flatten(self.caches):
             vars(cache).pop("make_mask", None)
         self._masks.clear()
 
-    def run(self, original: Callable[..., Any], layer: nn.Module, args: Any, kwargs: Any) -> Any:
+    def run(self, original: Callable[..., Any], call: inspect.BoundArguments) -> Any:
         """Call a layer chunk by chunk.
 
+        Args:
+            original: The layer's own call.
+            call: Its arguments: the layer, hidden states ``[B, L, D]``, and others by name.
+
         Raises:
-            CannotChunk: If it is given more than hidden states, a mask and its own cache.
+            CannotChunk: If it is given more than hidden states, masks and its own cache.
         """
-        bound = inspect.signature(original).bind(layer, *args, **kwargs)
-        bound.apply_defaults()
-        _, states, *others = bound.arguments
-        hidden = bound.arguments[states]
-        self.n_calls += 1
-        for name in others:
-            given = bound.arguments[name]
-            if name not in (*_MASKS, "cache") and given is not None:
-                raise CannotChunk(f"{type(layer).__name__} takes {name} besides mask and cache")
-        cache = bound.arguments.get("cache")
-        if cache is None:
-            raise CannotChunk(f"{type(layer).__name__} is called without a cache of its own")
+        _, states, *others = call.arguments
+        hidden, given = call.arguments[states], dict(call.arguments)
+        cache = given.get("cache")
+        if cache is not None:
+            self.called.append(id(cache))
         n_tokens = hidden.shape[1]
         # chunks of equal size: a short last one would count as the end of the prompt
         n_chunks = -(-n_tokens // self.step_size)
         chunk_size = -(-n_tokens // n_chunks)
-        if isinstance(cache, XKVCache):
-            cache.layer.reserve(n_tokens)
+        for part in flatten([] if cache is None else [cache]):
+            if isinstance(part, XKVCache):
+                part.layer.reserve(n_tokens)
         outputs = []
         for start in range(0, n_tokens, chunk_size):
-            bound.arguments[states] = hidden[:, start : start + chunk_size]
-            masks = {name: bound.arguments[name] for name in _MASKS if name in others}
-            for name, mask in masks.items():
-                bound.arguments[name] = self._chunk_mask(mask, cache, bound.arguments[states])
-            output = original(*bound.args, **bound.kwargs)
-            bound.arguments.update(masks)
+            end = min(start + chunk_size, n_tokens)
+            call.arguments[states] = hidden[:, start:end]
+            for name in others:
+                call.arguments[name] = self._cut(name, given[name], cache, start, end)
+            output = original(*call.args, **call.kwargs)
             if not isinstance(output, mx.array):
-                raise CannotChunk(f"{type(layer).__name__} returns more than hidden states")
+                raise CannotChunk(f"{_layer_name(call)} returns more than hidden states")
             outputs.append(output)
             if not self.is_dry_run:
                 mx.eval(output, _held(cache))
-                done = (self.n_calls - 1) * n_tokens + min(start + chunk_size, n_tokens)
-                self.on_progress(min(done // self.n_layers, n_tokens - 1), n_tokens)
+                self._report(end, n_tokens)
         hidden = mx.concatenate(outputs, axis=1)
         del outputs, output
         if not self.is_dry_run:
@@ -121,19 +125,39 @@ class Prefill:
             self._finish(cache)
         return hidden
 
-    def _chunk_mask(self, mask: Any, cache: Any, hidden: mx.array) -> Any:
-        if not isinstance(mask, mx.array):
-            return mask
-        if id(mask) not in self._masks or not hasattr(type(cache), "make_mask"):
-            raise CannotChunk("the model makes its attention mask itself")
-        _, options = self._masks[id(mask)]
-        return type(cache).make_mask(cache, hidden.shape[1], **options)
+    def _report(self, end: int, n_tokens: int) -> None:
+        done = (max(len(self.called), 1) - 1) * n_tokens + end
+        # mlx-lm counts the last prompt token, which comes alone
+        self.on_progress(min(done // len(self.caches), n_tokens), n_tokens + 1)
+
+    def _cut(self, name: str, value: Any, cache: Any, start: int, end: int) -> Any:
+        """What of a layer's argument belongs to the tokens from ``start`` to ``end``."""
+        if value is None or name == "cache":
+            return value
+        if name == "offset" and isinstance(value, int) and value == self._offset:
+            return value + start
+        if name == "attn_scale" and isinstance(value, mx.array):
+            return value[start:end]
+        if name in _MASKS and isinstance(value, str):
+            return value
+        if name in _MASKS and isinstance(value, mx.array) and id(value) in self._masks:
+            _, kind, index, options = self._masks[id(value)]
+            parts = list(flatten([] if cache is None else [cache]))
+            if index < len(parts) and type(parts[index]) is kind:
+                return kind.make_mask(parts[index], end - start, **options)
+        raise CannotChunk(
+            "the model makes its attention mask itself"
+            if name in _MASKS
+            else f"a layer is called with {name} besides hidden states, mask and cache"
+        )
 
     def _finish(self, cache: Any) -> None:
         """Factor and free a group after its last layer."""
-        if isinstance(cache, XKVCache) and cache.layer is cache.layer.group.layers[-1]:
-            cache.layer.group.settle()
         mx.clear_cache()
+        for part in flatten([] if cache is None else [cache]):
+            if isinstance(part, XKVCache) and part.layer is part.layer.group.layers[-1]:
+                part.layer.group.settle()
+                mx.clear_cache()
 
 
 class LayerwisePrefill:
@@ -141,24 +165,40 @@ class LayerwisePrefill:
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = [x for x in getattr(model, "layers", []) if isinstance(x, nn.Module)]
-        self._running: dict[int, Prefill] = {}
         self.current: nn.Module | None = None
-        """The layer that is being called, in a dry run."""
+        """The layer that was called last."""
+        self._running: dict[int, Prefill] = {}
         self._classes = [type(layer) for layer in self.layers]
         taken = {cls: self._subclass(cls) for cls in set(self._classes)}
         for layer in self.layers:
             layer.__class__ = taken[type(layer)]
 
     def _subclass(self, cls: type) -> type:
+        signature = inspect.signature(cls.__call__)
+
         def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
             self.current = layer
-            for value in (*args, *kwargs.values()):
-                prefill = self._running.get(id(value))
-                if prefill is not None and args and args[0].shape[1] > DECODE_TOKENS:
-                    return prefill.run(cls.__call__, layer, args, kwargs)
+            if self._running:
+                bound = signature.bind(layer, *args, **kwargs)
+                bound.apply_defaults()
+                prefill = self._prefill_of(bound)
+                if prefill is not None:
+                    return prefill.run(cls.__call__, bound)
             return cls.__call__(layer, *args, **kwargs)
 
         return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+
+    def _prefill_of(self, bound: inspect.BoundArguments) -> Prefill | None:
+        """The prompt that a call of a layer belongs to; None for decoding."""
+        _, hidden, *_ = bound.arguments.values()
+        if hidden.shape[1] <= DECODE_TOKENS:
+            return None
+        cache = bound.arguments.get("cache")
+        if cache is not None:
+            return self._running.get(id(cache))
+        # a layer without a cache, such as a plain MLP, of the only prompt there is
+        prefills = {id(prefill): prefill for prefill in self._running.values()}
+        return next(iter(prefills.values())) if len(prefills) == 1 else None
 
     def start(self, prefill: Prefill) -> None:
         """From now on calls of a prompt with these caches go chunk by chunk."""
@@ -176,6 +216,11 @@ class LayerwisePrefill:
             layer.__class__ = cls
 
 
-def _held(cache: Any) -> Any:
+def _layer_name(call: inspect.BoundArguments) -> str:
+    return type(next(iter(call.arguments.values()))).__name__
+
+
+def _held(cache: Any) -> list[Any]:
     """Arrays to evaluate after a chunk."""
-    return cache.layer.arrays() if isinstance(cache, XKVCache) else cache.state
+    parts = flatten([] if cache is None else [cache])
+    return [x.layer.arrays() if isinstance(x, XKVCache) else x.state for x in parts]

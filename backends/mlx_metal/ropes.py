@@ -41,30 +41,17 @@ def rope_of(module: nn.Module) -> Rope | None:
         return RopeSpec(_freqs(module), module.traditional)
     if kind.__name__ == "NoPE":
         return None
+    if kind.__name__ == "DynamicNTKAlphaRoPE":
+        return RopeSpec(_freqs(module))
     raise InputError(
         f"rotary embedding {kind.__name__} is not known, so its keys cannot be un-rotated; "
         "use --group-size 0 to run with the full cache"
     )
 
 
-def find_rope(layer: nn.Module) -> Rope | None:
-    """The rotation that one decoder layer applies to its keys, None if it has none.
-
-    Raises:
-        InputError: If the layer has several rope modules, or one of an unknown class.
-    """
-    modules = {
-        id(module): module
-        for name, module in layer.named_modules()
-        if name.rsplit(".", 1)[-1] in ("rope", "rotary_emb", "rotary_pos_emb")
-    }
-    ropes = {rope_of(module) for module in modules.values()}
-    if len(ropes) > 1:
-        raise InputError(
-            f"a layer has {len(ropes)} different rotary embeddings, which is not supported; "
-            "use --group-size 0 to run with the full cache"
-        )
-    return ropes.pop() if ropes else None
+def is_rope_name(path: str) -> bool:
+    """Whether a module at this path is, by mlx-lm's habits, a rotary embedding."""
+    return path.rsplit(".", 1)[-1] in ("rope", "rotary_emb", "rotary_pos_emb")
 
 
 def _freqs(module: nn.Module) -> tuple[float, ...]:

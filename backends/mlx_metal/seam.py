@@ -84,7 +84,7 @@ def _attention_of(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
         **kwargs: Any,
     ) -> mx.array:
         is_ours = isinstance(cache, AttendingCache) and not kwargs
-        if is_ours and cache.takes(keys, values) and sinks is None:
+        if is_ours and sinks is None and cache.takes(keys, values):
             return cache.attend(queries, scale, mask)
         return original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks, **kwargs)
 

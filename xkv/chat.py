@@ -1,0 +1,18 @@
+"""``python -m xkv.chat``: mlx-lm's chat, whose memory stays where it was asked to stay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from xkv.backend import load_backend_module
+from xkv.command_line import user_errors
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """mlx-lm's chat with its flags and ours."""
+    with user_errors():
+        load_backend_module("mlx").run_chat(argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The flags of compression, which every command shares."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+
+from xkv.config import Rank, XKVConfig
+from xkv.errors import InputError
+from xkv.layer_cache import DECODE_TOKENS
+from xkv.tiny import SELECTION
+
+KERNELS = ("auto", "on", "off")
+
+
+def add_compression_flags(parser: argparse.ArgumentParser) -> None:
+    """Add a group of flags, one for each choice of :class:`xkv.XKVConfig` that a user makes."""
+    cache = parser.add_argument_group("compression")
+    cache.add_argument(
+        "--compression",
+        type=float,
+        help="target ratio of dense bytes to bytes held; 4 if no ranks are given",
+    )
+    cache.add_argument(
+        "--group-size",
+        type=int,
+        default=XKVConfig.group_size,
+        help="layers that share a latent; 0 runs with the full cache "
+        f"(default: {XKVConfig.group_size})",
+    )
+    cache.add_argument("--rank-k", type=_rank, help="rank of the keys: a number or 'full'")
+    cache.add_argument("--rank-v", type=_rank, help="rank of the values: a number or 'full'")
+    for name, text in (
+        ("sinks", "first tokens that stay dense"),
+        ("window", "last tokens that stay dense"),
+        ("max-tail", "tokens after the window that stay dense before they are folded in"),
+        ("budget", "tokens a decode step reconstructs in selective attention"),
+        ("chunk-size", "tokens that are selected together"),
+        ("landmark-bits", "bits of the chunks' summary keys: 4, 8 or 16"),
+    ):
+        field = name.replace("-", "_")
+        default = getattr(XKVConfig, field)
+        text += f" (default: {default}"
+        if field in SELECTION:
+            text += f"; bundled model: {SELECTION[field]}"
+            default = argparse.SUPPRESS
+        cache.add_argument(f"--{name}", type=int, default=default, help=f"{text})")
+    cache.add_argument(
+        "--attention",
+        choices=["auto", "dense", "selective"],
+        default=XKVConfig.attention,
+        help="decode attention over every compressed row, or over the selected ones "
+        f"(default: {XKVConfig.attention})",
+    )
+    cache.add_argument(
+        "--kernels", choices=KERNELS, default="auto", help="use device kernels (default: auto)"
+    )
+
+
+def add_generate_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that only ``python -m xkv.generate`` has."""
+    parser.add_argument(
+        "--backend", choices=["mlx", "torch"], default="mlx", help="framework (default: mlx)"
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="run the full cache beside it in the same process"
+    )
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Refuse numbers that no generation can have.
+
+    Raises:
+        InputError: Naming the flag.
+    """
+    max_tokens, step_size = (vars(args).get(name) for name in ("max_tokens", "prefill_step_size"))
+    if max_tokens is not None and max_tokens < 1:
+        raise InputError(f"--max-tokens {max_tokens} must be at least 1")
+    if step_size is not None and step_size <= DECODE_TOKENS:
+        raise InputError(
+            f"--prefill-step-size {step_size} must be above {DECODE_TOKENS}: "
+            "smaller calls count as decoding"
+        )
+
+
+def has_compression_flags(args: argparse.Namespace) -> bool:
+    """Whether any flag of :func:`add_compression_flags` was given a value of its own."""
+    parser = argparse.ArgumentParser()
+    add_compression_flags(parser)
+    defaults = vars(parser.parse_args([]))
+    names = [action.dest for action in parser._actions if action.dest not in ("help", "kernels")]
+    return any(vars(args).get(name) != defaults.get(name) for name in names)
+
+
+def config_from(args: argparse.Namespace, is_bundled: bool) -> XKVConfig | None:
+    """The configuration that the flags ask for; None with ``--group-size 0``.
+
+    Args:
+        args: With the flags of :func:`add_compression_flags`.
+        is_bundled: Whether the model is the one that comes with xkv, which has defaults of its own.
+
+    Raises:
+        InputError: If the flags contradict each other.
+    """
+    chosen = {**(SELECTION if is_bundled else {}), **vars(args)}
+    names = {field.name for field in fields(XKVConfig)} & set(chosen)
+    if args.group_size == 0:
+        given = [
+            f"--{x.replace('_', '-')}" for x in ("compression", "rank_k", "rank_v") if vars(args)[x]
+        ]
+        if given:
+            raise InputError(
+                f"--group-size 0 runs the full cache, which {', '.join(given)} contradicts"
+            )
+        return None
+    for name in ("kv_bits", "max_kv_size"):
+        if vars(args).get(name) is not None:
+            raise InputError(
+                f"--{name.replace('_', '-')} changes mlx-lm's own cache, which xKV replaces: leave "
+                "it out, or run with --group-size 0"
+            )
+    return XKVConfig(**{name: chosen[name] for name in names})
+
+
+def _rank(text: str) -> Rank:
+    if text == "full":
+        return "full"
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'full'") from None
