@@ -75,5 +75,5 @@ def test_low_rank_reaches_the_answers():
 )
 def test_support_table_is_current():
     assert TABLE.read_text() == make_table(rows_of(sorted(CONFIGS))), (
-        "run: python scripts/support_table.py"
+        "run: python -m scripts.support_table"
     )
