@@ -17,6 +17,7 @@ from xkv.backends.mlx_metal.enable import disable, enable, lowrank_cache
 
 FULL_RANK = XKVConfig(rank_k="full", rank_v="full", group_size=2, sinks=2, window=8, max_tail=8)
 PROMPT = np.random.default_rng(0).integers(1, 250, 61).tolist()
+IS_TABLES_VERSION = f"mlx-lm {version('mlx-lm')}:" in TABLE.read_text()
 TOLERANCE = {"muse_spark": 4e-4}  # its tiny model multiplies in bfloat16
 
 
@@ -38,12 +39,18 @@ def test_every_model_file_is_covered():
 
 @pytest.mark.parametrize("name", sorted(set(CONFIGS) & set(MODEL_FILES)))
 def test_full_rank_equals_the_full_cache(name):
-    model = build(name)
-    tokens, logprobs, _ = decode(model)
+    try:
+        model = build(name)
+        tokens, logprobs, _ = decode(model)
+    except (AttributeError, TypeError, ValueError):
+        if IS_TABLES_VERSION:
+            raise
+        pytest.skip("this version of mlx-lm cannot run the configuration itself")
     try:
         report = enable(model, FULL_RANK)
     except InputError as error:
-        assert name in str(error) and "no layer with a full KV cache" in str(error)
+        reason = "no layer with a full KV cache" if IS_TABLES_VERSION else "--group-size 0"
+        assert (name in str(error) or not IS_TABLES_VERSION) and reason in str(error)
         assert decode(model)[0] == tokens
         return
     got_tokens, got, cache = decode(model)
@@ -70,8 +77,7 @@ def test_low_rank_reaches_the_answers():
 
 
 @pytest.mark.skipif(
-    f"mlx-lm {version('mlx-lm')}:" not in TABLE.read_text(),
-    reason="the table is of another version of mlx-lm than the one installed",
+    not IS_TABLES_VERSION, reason="the table is of another version of mlx-lm than the one installed"
 )
 def test_support_table_is_current():
     assert TABLE.read_text() == make_table(rows_of(sorted(CONFIGS))), (

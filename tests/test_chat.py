@@ -108,6 +108,7 @@ def test_a_conversation_over_a_long_document(chat):
     forgotten = chat.expect(r"KV cache: \d+ tokens")
     assert second.answer not in forgotten
     assert int(forgotten.split()[-2]) < 100
+    chat.expect(PROMPT)
     chat.send("q\n")
     assert chat.close() == 0
 
@@ -128,6 +129,7 @@ def test_ctrl_c_takes_back_one_message(chat):
     chat.expect(re.escape(fact.answer))
     after = int(chat.expect(r"KV cache: \d+ tokens").split()[-2])
     assert before < after < before + 40
+    chat.expect(PROMPT)
     chat.send("\x04")
     assert chat.close() == 0
 

@@ -14,6 +14,7 @@ from mlx_lm.models import cache as mlx_cache
 from xkv.backends.mlx_metal.prefill import CannotChunk, LayerwisePrefill, Prefill, flatten
 from xkv.backends.mlx_metal.ropes import is_rope_name, rope_of
 from xkv.backends.mlx_metal.seam import AttendingCache, attention_seam
+from xkv.errors import InputError
 from xkv.ranks import CacheShape, GroupShape
 from xkv.rope import Rope
 
@@ -229,7 +230,14 @@ def probe_model(model: nn.Module, layers: LayerwisePrefill) -> ModelProbe:
     watch = _Watch(model)
     caches = _probe_caches(model, watch)
     with watch.watching():
-        _call(model, caches)
+        try:
+            _call(model, caches)
+        # whatever a model's code can run into when a cache lacks what it asks for
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{type(model).__module__.rsplit('.', 1)[-1]} uses its cache in a way that is not "
+                f"known here ({error}); use --group-size 0 to run it as mlx-lm does"
+            ) from error
     why_not_layerwise = _try_layerwise(model, layers, watch)
     probes = tuple(
         x.describe()

@@ -25,7 +25,7 @@ def rope_of(module: nn.Module) -> Rope | None:
     kind = type(module)
     if kind is nn.RoPE:
         return RopeSpec.standard(module.dims, module.base, module.traditional, module.scale)
-    if kind is rope_utils.DynamicNTKScalingRoPE:
+    if kind is getattr(rope_utils, "DynamicNTKScalingRoPE", None):  # since mlx-lm 0.32
         return DynamicNTKRope(
             module.dims,
             module.base,
