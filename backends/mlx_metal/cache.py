@@ -83,6 +83,15 @@ class XKVCache(mlx_cache._BaseCache, AttendingCache):
         )
 
     @property
+    def keys(self) -> mx.array | None:
+        """Dense rows, on which a pipelined model hangs its communication (``mx.depends``)."""
+        return self.layer.keys.allocated
+
+    @keys.setter
+    def keys(self, value: mx.array) -> None:
+        self.layer.keys.allocated = value
+
+    @property
     def state(self) -> list[mx.array]:
         """Arrays from which :meth:`from_state` makes the layer's cache again.
 

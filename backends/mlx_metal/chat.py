@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import mlx.core as mx
+
 from xkv.backends.mlx_metal.commands import Command, run
 from xkv.backends.mlx_metal.memory import cache_text
 from xkv.command_line import ProgressBars
@@ -69,6 +71,7 @@ def _interruptible(original: Callable[..., Iterator[Any]]) -> Callable[..., Iter
                 file=sys.stderr,
             )
             return
-        print(f"\n{cache_text(prompt_cache)}", end="", file=sys.stderr)
+        if mx.distributed.init().rank() == 0:
+            print(f"\n{cache_text(prompt_cache)}", end="", file=sys.stderr)
 
     return stream_generate

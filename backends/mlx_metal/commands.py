@@ -11,6 +11,8 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import mlx.core as mx
+
 from xkv.backends.mlx_metal import seam
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.enable import disable, enable, enabled_state, lowrank_cache
@@ -127,7 +129,8 @@ class Command:
             model = loaded[0]
             if self.enables and self.config is not None and enabled_state(model) is None:
                 report = enable(model, self.config, backend=MLXBackend(self.args.kernels))
-                print(report, file=sys.stderr)
+                if mx.distributed.init().rank() == 0:
+                    print(report, file=sys.stderr)
                 self.models.append(model)
             return loaded
 

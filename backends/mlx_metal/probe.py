@@ -111,7 +111,7 @@ class _ProbeCache(mlx_cache._BaseCache, AttendingCache):
         self.is_touched = False
         """Whether the model reads or writes the arrays other than by the cache's methods."""
         self.reaches_seam = False
-        self.has_attended = False
+        self._n_open_reads = 0
         self._rows: tuple[Any, Any] | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -133,34 +133,31 @@ class _ProbeCache(mlx_cache._BaseCache, AttendingCache):
 
     @property
     def keys(self) -> Any:
-        self.is_touched = True
+        self._n_open_reads += 1
         return None if self._rows is None else self._rows[0]
 
     @keys.setter
-    def keys(self, value: Any) -> None:
-        self.is_touched = True
+    def keys(self, value: mx.array) -> None:
+        # a pipeline hangs its communication on the keys: keys = mx.depends(keys, sent)
+        self._n_open_reads -= 1
 
-    @property
-    def values(self) -> Any:
-        self.is_touched = True
-        return None if self._rows is None else self._rows[1]
-
-    @values.setter
-    def values(self, value: Any) -> None:
-        self.is_touched = True
+    def __getattr__(self, name: str) -> Any:
+        if name == "values":
+            self.is_touched = True
+            return None if self._rows is None else self._rows[1]
+        raise AttributeError(name)
 
     def make_mask(self, N: int, **kwargs: Any) -> Any:
         return mlx_cache.create_attention_mask(N, offset=self.offset, **kwargs)
 
     def takes(self, keys: Any, values: Any) -> bool:
-        self.has_attended = True
         if self._rows is not None:
             self.reaches_seam = keys is self._rows[0] and values is self._rows[1]
         return False
 
     def describe(self) -> CacheProbe:
         name = "KVCache"
-        if self.is_touched:
+        if self.is_touched or self._n_open_reads or "values" in vars(self):
             return CacheProbe(name, reason="keeps its own KVCache, whose arrays the model reads")
         if self.n_updates != 1 or self.shape is None:
             return CacheProbe(name, reason="keeps its own KVCache, which holds no keys and values")
@@ -168,7 +165,6 @@ class _ProbeCache(mlx_cache._BaseCache, AttendingCache):
         # MLA: the cache returns a latent and a rotary key, and attention never gets the latter
         is_mla = (
             not self.reaches_seam
-            and self.has_attended
             and shape.n_kv_heads == 1
             and self.rope is None
             and shape.key_dim > shape.value_dim
