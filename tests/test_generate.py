@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from tests.tiny_models import ARCHITECTURES, write_checkpoint
-from xkv import XKVConfig, generate, make_groups
+from xkv import XKVConfig, cache_prompt, generate, make_groups
 from xkv.engine import Sampling, load_engine
 from xkv.tiny import CHECKPOINT_DIR, make_document
 
@@ -185,3 +186,37 @@ def test_model_that_is_not_there_is_one_sentence(capsys, tmp_path):
     code, _, err = run(capsys, "--model", str(tmp_path), "--prompt", "hello")
     assert code == 2
     assert "has no config.json" in err
+
+
+def test_prompt_cache_file_continues_and_is_counted(capsys, tmp_path):
+    file = str(tmp_path / "document.safetensors")
+    flags = ["--compression", "3", "--group-size", "8", "--window", "24"]
+    cache_prompt.main(["--prompt", DOCUMENT.text, "--prompt-cache-file", file, *flags])
+    code, out, _ = run(capsys, "--prompt-cache-file", file, "--prompt", FACT.question, "-m", "8")
+    assert code == 0
+    assert FACT.answer in out
+    # the file's cache is part of what is held
+    assert 2.3 < float(re.search(r"KV cache: .* held \((.*) x\)", out).group(1)) < 4
+    other = ["--compression", "2"]
+    code, _, err = run(capsys, "--prompt-cache-file", file, "--prompt", FACT.question, *other)
+    assert code == 2
+    assert "compression=3.0 (here 2.0)" in err and "seed" not in err
+
+
+def test_draft_model_gives_the_same_answer(capsys):
+    flags = ["--compression", "3", "--group-size", "8", "--window", "24", "-m", "8"]
+    code, out, _ = run(capsys, "--prompt", PROMPT, "--draft-model", str(CHECKPOINT_DIR), *flags)
+    assert code == 0
+    assert FACT.answer in out
+
+
+def test_mlx_lms_seed_is_not_the_factorizations(capsys):
+    flags = ["--prompt", "hello", "-m", "1", "--seed", "5"]
+    parsed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "xkv.backends.mlx_metal.generate.show_answers",
+            lambda answer, config, compare: parsed.append(config) or SimpleNamespace(text=""),
+        )
+        run(capsys, *flags)
+    assert parsed[0].seed == XKVConfig().seed

@@ -83,13 +83,21 @@ def check_numbers(args: argparse.Namespace) -> None:
         )
 
 
+def _compression_defaults() -> dict[str, object]:
+    """The flags of :func:`add_compression_flags` that are fields of the configuration."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_compression_flags(parser)
+    fields_ = {field.name for field in fields(XKVConfig)}
+    return {a.dest: parser.get_default(a.dest) for a in parser._actions if a.dest in fields_}
+
+
 def has_compression_flags(args: argparse.Namespace) -> bool:
     """Whether any flag of :func:`add_compression_flags` was given a value of its own."""
-    parser = argparse.ArgumentParser()
-    add_compression_flags(parser)
-    defaults = vars(parser.parse_args([]))
-    names = [action.dest for action in parser._actions if action.dest not in ("help", "kernels")]
-    return any(vars(args).get(name) != defaults.get(name) for name in names)
+    given = vars(args)
+    return any(
+        name in given and given[name] != default
+        for name, default in _compression_defaults().items()
+    )
 
 
 def config_from(args: argparse.Namespace, is_bundled: bool) -> XKVConfig | None:
@@ -103,7 +111,7 @@ def config_from(args: argparse.Namespace, is_bundled: bool) -> XKVConfig | None:
         InputError: If the flags contradict each other.
     """
     chosen = {**(SELECTION if is_bundled else {}), **vars(args)}
-    names = {field.name for field in fields(XKVConfig)} & set(chosen)
+    names = set(_compression_defaults()) & set(chosen)
     if args.group_size == 0:
         given = [
             f"--{x.replace('_', '-')}" for x in ("compression", "rank_k", "rank_v") if vars(args)[x]

@@ -66,7 +66,7 @@ class MLXEngine(Engine):
         **options: Any,
     ) -> Generation:
         """:meth:`generate` with the options of ``mlx_lm.stream_generate`` instead of ours."""
-        with self._enabled(config, on_progress):
+        with self._enabled(self.model, config, on_progress), self._enabled(draft_model, config):
             cache = prompt_cache or [
                 layer
                 for model in (self.model, draft_model)
@@ -78,18 +78,20 @@ class MLXEngine(Engine):
             )
 
     @contextlib.contextmanager
-    def _enabled(self, config: XKVConfig | None, on_progress: Progress) -> Iterator[None]:
-        if config is None:
+    def _enabled(
+        self, model: Any, config: XKVConfig | None, on_progress: Progress = lambda *step: None
+    ) -> Iterator[None]:
+        if config is None or model is None:
             yield
             return
-        enable(self.model, config, backend=self.backend)
-        state = enabled_state(self.model)
+        enable(model, config, backend=self.backend)
+        state = enabled_state(model)
         assert state is not None
         state.on_factor = lambda done, total: on_progress("factorize", done, total)
         try:
             yield
         finally:
-            disable(self.model)
+            disable(model)
 
     def _stream(
         self,
@@ -99,7 +101,7 @@ class MLXEngine(Engine):
         on_progress: Progress,
         **options: Any,
     ) -> Generation:
-        before = self.backend.active_memory()
+        before = self.backend.active_memory() - sum(layer.nbytes for layer in cache)
         self.backend.reset_peak_memory()
         text, tokens, finish = [], [], None
         for response in mlx_lm.stream_generate(
