@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xkv.attention import Segment, attend_parts, grouped_scores
 from xkv.ranks import landmark_group_size
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 class Landmarks(NamedTuple):
-    """Summary keys of one layer's segment, ``C = L // chunk_size`` chunks a KV head.
+    """Summary keys of one layer's segment, ``C = L // chunk_size`` chunks a KV head. Immutable.
 
     ``arrays`` is ``([B, n_kv_heads, C, head_dim],)`` in the KV dtype with 16 ``bits``, otherwise
     MLX's affine layout: packed integers, scales and biases, quantized in groups of ``group_size``
@@ -25,6 +25,9 @@ class Landmarks(NamedTuple):
     is_outlier: Array
     """Boolean ``[B, n_kv_heads, C]``: chunks whose rows are kept dense, and so never selected."""
     chunk_size: int
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Landmarks:
+        return self
 
     @property
     def held(self) -> tuple[Array, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xkv.factorize import factorize
 
@@ -32,6 +32,9 @@ class SharedFactors(NamedTuple):
     """Relative error of the first rows' fit."""
     recent: Array | None = None
     """``[B, N, R]``: rows folded in later."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SharedFactors:
+        return self
 
     @property
     def rank(self) -> int:

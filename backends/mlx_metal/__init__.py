@@ -10,7 +10,9 @@ from xkv.backends.mlx_metal.cache import XKVCache, make_prompt_cache
 from xkv.backends.mlx_metal.enable import disable, enable
 from xkv.backends.mlx_metal.files import load_prompt_cache, save_prompt_cache
 from xkv.backends.mlx_metal.seam import attention_seam
+from xkv.config import XKVConfig
 from xkv.engine import Engine
+from xkv.footprint import ModelFacts
 from xkv.kernels import KernelMode
 
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "load_prompt_cache",
     "make_backend",
     "make_prompt_cache",
+    "memory_bytes",
+    "read_facts",
     "run_cache_prompt",
     "run_chat",
     "run_generate",
@@ -41,6 +45,20 @@ def load_engine(model: str, **options: Any) -> Engine:
     from xkv.backends.mlx_metal import engine
 
     return engine.load_engine(model, **options)
+
+
+def read_facts(model: str, config: XKVConfig) -> ModelFacts:
+    """See :mod:`xkv.plan`."""
+    from xkv.backends.mlx_metal import plan
+
+    return plan.read_facts(model, config)
+
+
+def memory_bytes() -> int:
+    """See :mod:`xkv.plan`."""
+    from xkv.backends.mlx_metal import plan
+
+    return plan.memory_bytes()
 
 
 def run_chat(argv: Sequence[str] | None = None) -> None:
