@@ -237,10 +237,10 @@ def test_predicted_bytes_agree_with_a_real_run(real_run):
     assert held == pytest.approx(CompressedCache(facts, 4).cache_bytes(3000), rel=0.03)
 
 
-def test_predicted_peak_agrees_with_a_real_run(real_run):
+def test_predicted_peak_is_a_close_upper_bound_of_a_real_run(real_run):
     facts, _, peak = real_run
     predicted = CompressedCache(facts, 4).peak_bytes(3000, step=128) - facts.weight_bytes
-    assert peak == pytest.approx(predicted, rel=0.2)
+    assert 0.8 * predicted < peak < 1.02 * predicted
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from mlx_lm.models import rope_utils
 
 from tests.tolerances import TOLERANCE, relative_error
 from xkv import InputError, RopeSpec
-from xkv.backends.mlx_metal.ropes import find_rope, rope_of
+from xkv.backends.mlx_metal.ropes import rope_of
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -85,16 +85,8 @@ def test_unknown_rope_class_is_refused_by_name():
         pass
 
     layer = nn.Module()
-    layer.self_attn = nn.Module()
-    layer.self_attn.rope = SpiralRoPE()
     with pytest.raises(InputError, match="SpiralRoPE is not known"):
-        find_rope(layer)
-
-
-def test_layer_without_rope_has_none():
-    layer = nn.Module()
-    layer.self_attn = nn.Linear(4, 4)
-    assert find_rope(layer) is None
+        rope_of(SpiralRoPE())
 
 
 def test_standard_spec_holds_positions_per_radian():

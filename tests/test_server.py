@@ -18,7 +18,12 @@ from urllib.request import urlopen
 import mlx.core as mx
 import openai
 import pytest
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache
 
+import xkv
+from tests.architectures import build
+from xkv.backends.mlx_metal.budget import PromptCache
 from xkv.tiny import CHECKPOINT_DIR, Document, make_document
 
 LIMIT_BYTES = 18_000_000
@@ -126,6 +131,35 @@ def test_chat_turns_and_other_questions_reuse_the_compressed_prompt(server: Serv
     assert both["held_bytes"] < 1.5 * report["held_bytes"]
 
 
+@pytest.mark.parametrize("is_stream", [True, False])
+def test_disconnect_in_prefill_drops_the_request(server: Server, is_stream: bool) -> None:
+    before = server.settled_memory()
+    content = question(make_document(20 + is_stream, 1500))
+    body = {"messages": [{"role": "user", "content": content}], "stream": is_stream}
+    connection = server.post(json.dumps(body).encode())
+    while not server.memory()["reserved_bytes"]:
+        time.sleep(0.02)
+    connection.close()
+    after = server.settled_memory()
+    assert after["tokens"] == before["tokens"]
+    assert after["active_memory_bytes"] <= before["active_memory_bytes"] + SLACK_BYTES
+    assert text_of(server.ask(question(DOCUMENT))) == DOCUMENT.facts[0].answer
+
+
+def test_prompt_that_is_cached_as_a_whole_is_continued() -> None:
+    model = build("qwen3")
+    xkv.enable(model, rank_k=8, rank_v=8, group_size=2, window=8, max_tail=8)
+    cache, tokens = make_prompt_cache(model), list(range(1, 61))
+    list(generate_step(mx.array(tokens), model, max_tokens=0, prompt_cache=cache))
+    kept = PromptCache(10)
+    kept.insert_cache("model", tokens, cache)
+    found, rest = kept.fetch_nearest_cache("model", tokens)
+    assert rest == tokens[-1:]
+    assert found is not None and found[0].offset == 59
+    assert cache[0].offset == 60
+    xkv.disable(model)
+
+
 def test_stream_sends_the_same_answer_and_usage(server: Server) -> None:
     options = {"stream": True, "stream_options": {"include_usage": True}}
     *chunks, last = server.ask(question(DOCUMENT, 1), **options)
@@ -140,21 +174,6 @@ def test_four_clients_at_once_get_the_answers_they_get_alone(server: Server) -> 
     with ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda x: text_of(server.ask(question(x))), documents))
     assert answers == [document.facts[0].answer for document in documents]
-
-
-@pytest.mark.parametrize("is_stream", [True, False])
-def test_disconnect_in_prefill_drops_the_request(server: Server, is_stream: bool) -> None:
-    before = server.settled_memory()
-    content = question(make_document(20 + is_stream, 2000))
-    body = {"messages": [{"role": "user", "content": content}], "stream": is_stream}
-    connection = server.post(json.dumps(body).encode())
-    while not server.memory()["reserved_bytes"]:
-        time.sleep(0.02)
-    connection.close()
-    after = server.settled_memory()
-    assert after["tokens"] <= before["tokens"], "half a prompt was cached"
-    assert after["active_memory_bytes"] <= before["active_memory_bytes"] + SLACK_BYTES
-    assert text_of(server.ask(question(DOCUMENT))) == DOCUMENT.facts[0].answer
 
 
 def test_disconnect_in_the_answer_leaves_a_cache_that_can_be_continued(server: Server) -> None:

@@ -156,13 +156,8 @@ class CompressedCache:
         self.facts, self.shape, self.compression = facts, facts.shape, compression
         self.config = replace(facts.config, compression=compression)
         self.title = f"xKV {compression:g} x"
-        is_streaming = facts.why_not_layerwise is not None
         self.first = self._first_compressed(1, 0.0)
         """The shortest prompt that is compressed, in tokens."""
-        self.first_streamed = 0
-        """Tokens that are dense in all layers before the first compression of a stream."""
-        if is_streaming:
-            self.first_streamed = self._first_compressed(STEP_TOKENS, WAIT_SHARE)
 
     def loses(self, n_tokens: int) -> str:
         """What an answer loses, in words."""
@@ -226,7 +221,7 @@ class CompressedCache:
 
     def _streaming(self, plan: RankPlan, held: int, n_tokens: int, step: int) -> int:
         """Rows and workspace of a prompt that streams in, compressed as it comes."""
-        first = min(n_tokens, self.first_streamed)
+        first = min(n_tokens, self._first_compressed(step, WAIT_SHARE))
         work = max(self._factoring(group, plan, first) for group in self.shape.groups)
         tail = min(n_tokens, step + self.config.window + self.config.max_tail)
         # merging turns one latent in float32: as it was, turned, and joined
