@@ -84,7 +84,6 @@ def test_unknown_rope_class_is_refused_by_name():
     class SpiralRoPE(nn.Module):
         pass
 
-    layer = nn.Module()
     with pytest.raises(InputError, match="SpiralRoPE is not known"):
         rope_of(SpiralRoPE())
 

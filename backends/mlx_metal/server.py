@@ -10,7 +10,6 @@ import argparse
 import gc
 import logging
 import threading
-import traceback
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -107,7 +106,7 @@ class _Answers:
     def __init__(self, queue: Any) -> None:
         self._queue = queue
         self.context: Any = None
-        self.error: Exception | None = None
+        self.has_failed = False
 
     def put(self, item: Any) -> None:
         if isinstance(item, mlx_server.GenerationContext):
@@ -115,8 +114,18 @@ class _Answers:
         elif isinstance(item, tuple) and self.context is not None and self.context._should_stop:
             raise ClientGone("the client is gone")
         elif isinstance(item, Exception):
-            self.error = item
+            self.has_failed = True
+            if not isinstance(item, (RequestError, ClientGone)):
+                logging.error("the generation stopped", exc_info=item)
+            _forget_frames(item)
         self._queue.put(item)
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what the functions that an error came through held, caches among them."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 class Generator(mlx_server.ResponseGenerator):
