@@ -146,16 +146,18 @@ def test_disconnect_in_prefill_drops_the_request(server: Server, is_stream: bool
     assert text_of(server.ask(question(DOCUMENT))) == DOCUMENT.facts[0].answer
 
 
-def test_prompt_that_is_cached_as_a_whole_is_continued(server: Server) -> None:
-    fact = make_document(5, 300).facts[0]
-    content = question(make_document(5, 300))
-    options: Any = {"model": "default_model", "max_tokens": 4, "temperature": 0}
-    prompt = f"user {content} assistant"
-    begun = server.client.completions.create(prompt=prompt, **options)
-    text = begun.choices[0].text
-    assert text and fact
-    whole = server.client.completions.create(prompt=prompt + " " + text.strip(), **options)
-    print(text, begun.usage, whole.usage)
+def test_prompt_that_is_cached_as_a_whole_is_continued() -> None:
+    model = build("qwen3")
+    xkv.enable(model, rank_k=8, rank_v=8, group_size=2, window=8, max_tail=8)
+    cache, tokens = make_prompt_cache(model), list(range(1, 61))
+    list(generate_step(mx.array(tokens), model, max_tokens=0, prompt_cache=cache))
+    kept = PromptCache(10)
+    kept.insert_cache("model", tokens, cache)
+    found, rest = kept.fetch_nearest_cache("model", tokens)
+    assert rest == tokens[-1:]
+    assert found is not None and found[0].offset == 59
+    assert cache[0].offset == 60
+    xkv.disable(model)
 
 
 def test_stream_sends_the_same_answer_and_usage(server: Server) -> None:

@@ -222,16 +222,13 @@ class CompressedCache:
     def _streaming(self, plan: RankPlan, held: int, n_tokens: int, step: int) -> int:
         """Rows and workspace of a prompt that streams in, compressed as it comes."""
         first = min(n_tokens, self._first_compressed(step, WAIT_SHARE))
-        work = max(self._factoring(group, plan, first) for group in self.shape.groups)
+        ranks = self._plan(first) or plan
+        work = max(self._factoring(group, ranks, first) for group in self.shape.groups)
         tail = min(n_tokens, step + self.config.window + self.config.max_tail)
-        # merging turns one latent in float32: as it was, turned, and joined
-        merge = 3 * 4 * n_tokens * max(*self._ranks(plan, n_tokens))
-        later = held + self._dense(self.shape.groups, tail) + merge
+        # a later step attends to a layer's rows rebuilt: as products, rotated, and joined
+        rebuilt = 3 * max(group.row_elements for group in self.shape.groups) * n_tokens
+        later = held + self._dense(self.shape.groups, tail) + rebuilt * self.shape.item_bytes
         return max(self._dense(self.shape.groups, first) + work, later)
-
-    def _ranks(self, plan: RankPlan, n_tokens: int) -> tuple[int, int]:
-        group = max(self.shape.groups, key=lambda group: group.key_width)
-        return plan.for_group(group, n_tokens)
 
     def _dense(self, groups: Sequence[GroupShape], n_tokens: int) -> int:
         """Bytes of groups that are not compressed yet, spare rows included."""
