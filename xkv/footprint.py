@@ -223,7 +223,10 @@ class CompressedCache:
         """Rows and workspace of a prompt that streams in, compressed as it comes."""
         first = min(n_tokens, self._first_compressed(step, WAIT_SHARE))
         ranks = self._plan(first) or plan
-        work = max(self._factoring(group, ranks, first) for group in self.shape.groups)
+        work = 0
+        for group in self.shape.groups:
+            freed = self._dense([group], first)
+            work = max(work, self._factoring(group, ranks, first) - freed)
         tail = min(n_tokens, step + self.config.window + self.config.max_tail)
         # a later step attends to a layer's rows rebuilt: as products, rotated, and joined
         rebuilt = 3 * max(group.row_elements for group in self.shape.groups) * n_tokens

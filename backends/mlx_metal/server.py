@@ -162,11 +162,8 @@ class Generator(mlx_server.ResponseGenerator):
         queue, *others = request
         answers = _Answers(queue)
         super()._serve_single((answers, *others), *args)
-        if answers.error is not None and answers.context is not None:
-            # the frames hold a cache that is of no use, and its layers hold each other
-            traceback.clear_frames(answers.error.__traceback__)
-            if isinstance(answers.error, ClientGone):
-                answers.error.__traceback__ = None
+        if answers.has_failed and answers.context is not None:
+            # the layers of its cache, which is of no use, hold each other
             gc.collect()
         self.prompt_cache.reserved = RequestBytes()
 
