@@ -1,14 +1,15 @@
 """What a model needs in memory, by kind of KV cache, as formulas of the number of tokens n.
 
-The peak while a prompt of n tokens is prefilled in steps of
-at most ``STEP_TOKENS`` is the weights, the cache and what lives beside them:
+The peak while a prompt of n tokens is prefilled in steps of at most ``STEP_TOKENS`` is the weights,
+the cache and what lives beside them:
 
 * every cache: the outputs of all linear layers of the widest decoder layer for one step;
 * mlx-lm's caches: the largest layer's rows once more, as they grow by copying; quantized ones also
   the scores of one step, ``n_heads * step * n`` elements, as their attention is not fused;
 * xKV, layer by layer: the hidden states of the whole prompt and one group, which is first dense
   and then factored in float32 (:meth:`CompressedCache.peak_bytes`). Where a model cannot go layer
-  by layer, the prompt streams in: all layers' rows are dense up to the first compression.
+  by layer, the prompt streams in: all layers' rows are dense up to the first compression, and later
+  steps rebuild one layer's rows.
 
 Attention over 16-bit rows counts as fused, as Metal's is for heads of 64, 80 and 128.
 """
