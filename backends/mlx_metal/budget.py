@@ -198,10 +198,10 @@ class PromptCache(LRUPromptCache):
     ) -> None:
         """Keep a request's cache."""
         tokens = _in_step(tokens, prompt_cache)
+        logging.info(cache_text(prompt_cache))
         if tokens:
             super().insert_cache(model, tokens, prompt_cache, **kwargs)
         self._make_room({}, RequestBytes())
-        logging.info(cache_text(prompt_cache))
 
     def _make_room(self, active: dict[int, int], need: RequestBytes) -> None:
         """Evict until the arrays that a request has, and what it will need, fit."""

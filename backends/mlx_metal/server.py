@@ -88,9 +88,11 @@ class Models(mlx_server.ModelProvider):
         self._command = command
 
     def _load(self, *args: Any) -> None:
-        for model in self._command.models:
-            disable(model)
-        self._command.models.clear()
+        while self._command.models:
+            disable(self._command.models.pop())
+        # before the next one is loaded; mlx-lm up to 0.31 leaves it to Python's collector
+        self.model_key = self.model = self.tokenizer = self.draft_model = None
+        gc.collect()
         super()._load(*args)
 
     def load(self, model_path: str, *args: Any) -> Any:
@@ -205,6 +207,6 @@ class Generator(mlx_server.ResponseGenerator):
 
     def memory(self) -> dict[str, Any]:
         """What ``GET /xkv/memory`` answers."""
-        model = self.model_provider.model
-        weights: Any = [] if model is None else tree_flatten(model.parameters())
+        models = (self.model_provider.model, self.model_provider.draft_model)
+        weights = [x for model in models if model for x in tree_flatten(model.parameters())]
         return {**self.prompt_cache.report(), "model_bytes": sum(x.nbytes for _, x in weights)}
