@@ -43,28 +43,31 @@ class Row(NamedTuple):
 
 def rows_of(names: Iterable[str]) -> list[Row]:
     """Look at tiny models of these model files."""
-    logging.getLogger("xkv").setLevel(logging.ERROR)
-    rows = []
-    for name in names:
-        model = build(name)
-        try:
-            report = enable(model, XKVConfig(group_size=2))
-        except InputError as error:
-            rows.append(Row(name, 0, 0, "", "", str(error).split("(")[-1].split(")")[0]))
-            continue
-        disable(model)
-        native = sorted({x.detail.removeprefix("keeps its own ") for x in report.layers} - {""})
-        reason = report.why_not_layerwise
-        rows.append(
-            Row(
-                name,
-                report.count("compressed"),
-                report.count("bypassed"),
-                ", ".join(native),
-                "by layer" if reason is None else f"streaming ({reason})",
-            )
-        )
-    return rows
+    log = logging.getLogger("xkv")
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        return [_row_of(name) for name in names]
+    finally:
+        log.setLevel(before)
+
+
+def _row_of(name: str) -> Row:
+    model = build(name)
+    try:
+        report = enable(model, XKVConfig(group_size=2))
+    except InputError as error:
+        return Row(name, 0, 0, "", "", str(error).split("(")[-1].split(")")[0])
+    disable(model)
+    native = sorted({x.detail.removeprefix("keeps its own ") for x in report.layers} - {""})
+    reason = report.why_not_layerwise
+    return Row(
+        name,
+        report.count("compressed"),
+        report.count("bypassed"),
+        ", ".join(native),
+        "by layer" if reason is None else f"streaming ({reason})",
+    )
 
 
 def make_table(rows: list[Row]) -> str:
