@@ -19,8 +19,10 @@ from mlx_lm.models.cache import (
 from xkv.backends.mlx_metal.cache import XKVCache
 from xkv.backends.mlx_metal.enable import Enabled, lowrank_cache
 from xkv.backends.mlx_metal.memory import cache_text, dense_bytes
+from xkv.factorize import OVERSAMPLE_SHARE
+from xkv.footprint import EXTRA_PRODUCTS, ROW_COPIES
 from xkv.lowrank_cache import WAIT_SHARE
-from xkv.ranks import buffer_rows, plan_ranks
+from xkv.ranks import GroupShape, RankPlan, buffer_rows, plan_ranks
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,28 @@ class RequestBytes:
         dense = shape.dense_bytes(buffer_rows(n_tokens))
         is_long = not isinstance(plan_ranks(shape, config, n_prompt), str)
         ranks = plan_ranks(shape, config, n_tokens, 0.0 if is_long else WAIT_SHARE)
-        cache = dense
-        if is_layerwise and not isinstance(ranks, str):
-            tail = shape.dense_bytes(min(n_answer, config.max_tail))
-            group = max(x.n_layers * x.row_elements for x in shape.groups) * shape.item_bytes
-            held = ranks.held_bytes(shape, config, n_tokens)
-            cache = min(dense, held + max(tail, group * buffer_rows(n_prompt)))
-        width = max(max(x.key_width, x.value_width) for x in shape.groups)
         hidden = getattr(getattr(enabled.model, "args", None), "hidden_size", 0)
-        # twice: the rows, and the columns that the factorization turns
-        return cls(cache, n_prompt * (2 * 4 * width + 3 * hidden * shape.item_bytes))
+        work = 3 * n_prompt * hidden * shape.item_bytes
+        if isinstance(ranks, str):
+            return cls(dense, work)
+        work += n_prompt * max(_factoring_bytes(group, ranks, n_prompt) for group in shape.groups)
+        if not is_layerwise:
+            return cls(dense, work)
+        tail = shape.dense_bytes(min(n_answer, config.max_tail))
+        group = max(x.n_layers * x.row_elements for x in shape.groups) * shape.item_bytes
+        held = ranks.held_bytes(shape, config, n_tokens)
+        return cls(min(dense, held + max(tail, group * buffer_rows(n_prompt))), work)
+
+
+def _factoring_bytes(group: GroupShape, ranks: RankPlan, n_tokens: int) -> int:
+    """Workspace for one token of a group that is factored, see :mod:`xkv.footprint`."""
+    n_columns = [
+        rank + max(8, rank // OVERSAMPLE_SHARE) for rank in ranks.for_group(group, n_tokens)
+    ]
+    return max(
+        4 * (ROW_COPIES * width + (group.n_layers + EXTRA_PRODUCTS) * min(columns, width))
+        for columns, width in zip(n_columns, (group.key_width, group.value_width), strict=True)
+    )
 
 
 def memory_limit() -> int:

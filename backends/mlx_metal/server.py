@@ -207,7 +207,7 @@ class Generator(mlx_server.ResponseGenerator):
 
     def memory(self) -> dict[str, Any]:
         """What ``GET /xkv/memory`` answers."""
-        models = (self.model_provider.model, self.model_provider.draft_model)
+        models: Any = (self.model_provider.model, self.model_provider.draft_model)
         weights: list[Any] = [tree_flatten(model.parameters()) for model in models if model]
         model_bytes = sum(x.nbytes for parameters in weights for _, x in parameters)
         return {**self.prompt_cache.report(), "model_bytes": model_bytes}
