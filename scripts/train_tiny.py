@@ -12,11 +12,12 @@ import json
 import math
 import os
 import random
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -30,6 +31,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from xkv.errors import InputError
+from xkv.tasks import TASKS
 from xkv.tiny import documents
 
 PAD, BOS, END, UNKNOWN = "<pad>", "<s>", "<|end|>", "<unk>"
@@ -48,6 +51,21 @@ CHAT_TEMPLATE = (
 # 4,608: a document of 4,096 tokens with its questions lies well inside the trained positions.
 LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 4608, 8192)
 RECALL_LENGTH = 256
+TASK_LENGTH = 256  # From this length on, most sequences are of the evaluation's tasks.
+CONVERSATION_SHARE = 0.2
+TASK_WEIGHTS = {
+    "needle": 2.0,
+    "multikey": 1.5,
+    "multivalue": 3.0,
+    "multiquery": 2.0,
+    "variables": 2.0,
+    "qa": 0.5,
+    "key_value": 1.0,
+    "common_words": 0.7,
+    "frequent_words": 0.5,
+    "multiturn": 1.0,
+}
+OPTIONAL_TASKS = ("key_value", "common_words", "frequent_words")  # No stage waits for these.
 TOKENS_PER_STEP = 4608
 FILLER_WEIGHT = 0.02
 QUESTION_TOKENS = 17  # The longest question with its answer and special tokens.
@@ -55,11 +73,18 @@ ANSWER_TOKENS = 6  # Name, verb, adjective, noun, period, end.
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Unigram tokenizer: one piece a known word; letters, digits and bytes for all else."""
-    words = [("▁" + word, -2.0) for word in documents.vocabulary()]
-    small = [(piece, -8.0) for piece in ("▁", *PUNCTUATION, *ALPHANUMERIC)]
+    """Unigram tokenizer: one piece a known word; numbers by three digits, hexadecimal by two.
+
+    Letters, digits and bytes are there for all else. A value's first piece includes the space
+    before it: a space alone would hide from the next token which key came before.
+    """
+    words = [("▁" + word, -2.0) for word in sorted({*documents.vocabulary(), *task_words()})]
+    small = [(piece, -8.5) for piece in ("▁", *PUNCTUATION, *ALPHANUMERIC)]
     small += [(f"<0x{byte:02X}>", -12.0) for byte in range(256)]
-    pieces = [(special, 0.0) for special in SPECIALS] + words + small
+    digits = [(f"{number:03}", -8.0) for number in range(1000)]
+    digits += [(f"{number:02x}", -9.0) for number in range(256)]
+    digits += [("▁" + piece, score) for piece, score in digits]
+    pieces = [(special, 0.0) for special in SPECIALS] + words + [("▁->", -2.0)] + small + digits
     unigram = models.Unigram(pieces, unk_id=SPECIALS.index(UNKNOWN), byte_fallback=True)
     tokenizer = Tokenizer(unigram)
     tokenizer.normalizer = normalizers.Sequence(
@@ -86,6 +111,18 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         model_max_length=8192,
         clean_up_tokenization_spaces=False,
     )
+
+
+def task_words() -> set[str]:
+    """The words of instructions, questions and answers of the evaluation's tasks."""
+    words: set[str] = set()
+    for make in TASKS.values():
+        sample = make(0, 2000, lambda text: len(text.split()))
+        intro = re.split("\n", sample.context)[0]
+        texts = [intro, *(f"{q.text} {q.prefix}" for q in sample.questions)]
+        # a UUID's letters are no words
+        words.update(word for text in texts for word in re.findall(r"\b[A-Za-z]{2,}\b", text))
+    return {word for word in words if not re.fullmatch("[0-9a-f]+", word)}
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
@@ -167,20 +204,52 @@ def plant_induction_circuit(model: LlamaForCausalLM, generator: torch.Generator)
             attention.o_proj.weight[:, head(index)] += write * token.T
 
 
+def take_weights(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, path: str) -> None:
+    """Take a checkpoint's weights; embeddings of tokens it does not have stay random."""
+    source = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
+    numbers = PreTrainedTokenizerFast.from_pretrained(path).get_vocab()
+    rows = model.state_dict()["model.embed_tokens.weight"]
+    weights = source.state_dict()
+    known = weights["model.embed_tokens.weight"]
+    rows *= known.std() / rows.std()
+    for token, index in tokenizer.get_vocab().items():
+        if token in numbers:
+            rows[index] = known[numbers[token]]
+    model.load_state_dict(weights | {"model.embed_tokens.weight": rows, "lm_head.weight": rows})
+
+
 class Sampler:
-    """Draws training sequences: token ids with one loss weight a token."""
+    """Draws training sequences: the kind, token ids, and one loss weight a token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int):
         self.tokenizer = tokenizer
         self.random = random.Random(seed)
 
-    def batch(self, length: int, is_recall: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and loss weights, both ``[B, length]`` with about TOKENS_PER_STEP tokens."""
-        draw = self._recall if is_recall else self._conversation
-        rows = [draw(length) for _ in range(max(1, TOKENS_PER_STEP // length))]
+    def batch(self, length: int, is_recall: bool) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+        """Kind of each row, token ids and loss weights, ``[B, length]`` of TOKENS_PER_STEP tokens.
+
+        A kind is a task's name, "document" or "recall".
+        """
+        kinds, rows = [], []
+        for _ in range(max(1, TOKENS_PER_STEP // length)):
+            kind = "recall"
+            if not is_recall:
+                kind = self._draw_kind(length)
+            draw = {"recall": self._recall, "document": self._conversation}.get(kind)
+            row = draw(length) if draw else self._task(kind, length)
+            if any(row[1]):
+                kinds.append(kind)
+                rows.append(row)
+        if not rows:
+            return self.batch(length, is_recall)
         ids = [row + [self.tokenizer.pad_token_id] * (length - len(row)) for row, _ in rows]
         weights = [row + [0.0] * (length - len(row)) for _, row in rows]
-        return torch.tensor(ids), torch.tensor(weights)
+        return kinds, torch.tensor(ids), torch.tensor(weights)
+
+    def _draw_kind(self, length: int) -> str:
+        if length < TASK_LENGTH or self.random.random() < CONVERSATION_SHARE:
+            return "document"
+        return self.random.choices(list(TASK_WEIGHTS), list(TASK_WEIGHTS.values()))[0]
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -210,6 +279,41 @@ class Sampler:
         for index, (question, answer) in enumerate(turns):
             prompt = f"{END}{ASSISTANT}" if index == 0 else f"{USER}{question}{END}{ASSISTANT}"
             parts += [(prompt, 0.0), (answer + END, 1.0)]
+        return self._weighted(parts)
+
+    def _task(self, name: str, length: int) -> tuple[list[int], list[float]]:
+        """A sample of one of the evaluation's tasks, with as many of its questions as fit."""
+        r = self.random
+        n_tokens = max(length * 5 // 8, length - r.randint(80, 700))
+        try:
+            # a seed that no evaluation takes
+            sample = TASKS[name](-1 - r.randrange(2**40), n_tokens, self._count)
+        except InputError:  # too short for this task
+            return [], []
+        ids, weights = self._weighted([(f"{BOS}{USER}{sample.context}", 0.0)])
+        questions = list(zip(sample.messages or [""] * 99, sample.questions, strict=False))
+        if not sample.messages:
+            r.shuffle(questions)
+        for index, (message, question) in enumerate(questions):
+            asked = f"{message} {question.text}{END}{ASSISTANT}"
+            turn = self._weighted(
+                [
+                    (asked if index == 0 else USER + asked, 0.0),
+                    (question.prefix, 0.0),
+                    (question.answer + END, 1.0),
+                ]
+            )
+            if len(ids) + len(turn[0]) > length:
+                break
+            ids += turn[0]
+            weights += turn[1]
+        return ids, weights
+
+    def _count(self, text: str) -> int:
+        return len(self._encode(text))
+
+    def _weighted(self, parts: Sequence[tuple[str, float]]) -> tuple[list[int], list[float]]:
+        """Token ids of texts one after another, with each one's weight."""
         ids: list[int] = []
         weights: list[float] = []
         for text, weight in parts:
@@ -241,6 +345,8 @@ class Progress:
     stage: int = 0
     accuracy: float = 0.0
     seconds: float = 0.0
+    by_kind: dict[str, float] = field(default_factory=dict)
+    """Running accuracy of the answers' tokens, of any length."""
 
 
 class Trainer:
@@ -298,17 +404,25 @@ class Trainer:
         warmup, decay = min(1.0, (progress.step + 1) / 150), max(0.05, 1 - progress.step / n_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * warmup * decay
-        loss, is_right, is_answer = self._optimize(*self.sampler.batch(length, is_recall))
-        accuracy = is_right[is_answer].float().mean().item()
-        if not is_recall and length == longest:
-            progress.accuracy = 0.9 * progress.accuracy + 0.1 * accuracy
+        kinds, ids, weights = self.sampler.batch(length, is_recall)
+        loss, is_right, is_answer = self._optimize(ids, weights)
+        shares = (is_right & is_answer).sum(1) / is_answer.sum(1)
+        for kind, share in zip(kinds, shares.tolist(), strict=True):
+            before = progress.by_kind.get(kind, share)
+            progress.by_kind[kind] = 0.95 * before + 0.05 * share
+        needed = [
+            share
+            for kind, share in zip(kinds, shares.tolist(), strict=True)
+            if kind not in OPTIONAL_TASKS
+        ]
+        if not is_recall and length == longest and needed:
+            progress.accuracy = 0.9 * progress.accuracy + 0.1 * sum(needed) / len(needed)
         progress.seconds += time.perf_counter() - start
         if progress.step % report_every == 0:
-            parts = "" if is_recall else f"({_accuracy_by_position(is_right, is_answer)}) "
+            parts = " ".join(f"{kind} {share:.2f}" for kind, share in progress.by_kind.items())
             print(
-                f"step {progress.step} {'recall' if is_recall else 'document'} {length} "
-                f"loss {loss:.3f} accuracy {accuracy:.3f} {parts}"
-                f"running {progress.accuracy:.3f} {progress.seconds:.0f} s",
+                f"step {progress.step} length {length} loss {loss:.3f} "
+                f"running {progress.accuracy:.3f} ({parts}) {progress.seconds:.0f} s",
                 file=sys.stderr,
                 flush=True,
             )
@@ -332,23 +446,20 @@ class Trainer:
         """Loss, which next tokens were right, and which of them belong to an answer."""
         device = self.model.device
         ids, weights = ids.to(device), weights[:, 1:].to(device)
-        targets = ids[:, 1:]
-        with torch.autocast(device.type, torch.bfloat16):
-            logits = self.model(ids[:, :-1], use_cache=False).logits.float()
-        losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        loss = (losses * weights.flatten()).sum() / weights.sum()
+        targets, is_weighted = ids[:, 1:], weights > 0
+        # on CPUs without matrix units bfloat16 takes twice the time of float32
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            hidden = self.model.model(ids[:, :-1], use_cache=False).last_hidden_state
+            logits = self.model.lm_head(hidden[is_weighted]).float()
+        losses = cross_entropy(logits, targets[is_weighted], reduction="none")
+        loss = (losses * weights[is_weighted]).sum() / weights.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 0.5)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss.item(), logits.argmax(-1) == targets, weights == 1
-
-
-def _accuracy_by_position(is_right: torch.Tensor, is_answer: torch.Tensor) -> str:
-    """Accuracy of each token of the answers, in order."""
-    is_whole = is_answer.unfold(1, ANSWER_TOKENS, 1).all(-1)
-    accuracy = is_right.unfold(1, ANSWER_TOKENS, 1)[is_whole].float().mean(0)
-    return " ".join(f"{share:.2f}" for share in accuracy.tolist())
+        is_right = torch.zeros_like(is_weighted)
+        is_right[is_weighted] = logits.argmax(-1) == targets[is_weighted]
+        return loss.item(), is_right, weights == 1
 
 
 def save_checkpoint(
@@ -428,6 +539,10 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Train, write and evaluate the bundled model.")
     parser.add_argument("--output", default="xkv/tiny/checkpoint", help="Checkpoint folder.")
     parser.add_argument("--work-dir", required=True, help="Training state; resumed if present.")
+    parser.add_argument("--start-from", help="Checkpoint to start from instead of random weights.")
+    parser.add_argument(
+        "--first-length", type=int, default=LENGTHS[0], help="Training length to begin with."
+    )
     parser.add_argument("--steps", type=int, default=1000, help="Optimizer steps in all.")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="Peak learning rate.")
     parser.add_argument("--max-length", type=int, default=8192, help="Longest training length.")
@@ -450,11 +565,15 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 def train(args: argparse.Namespace) -> None:
     """Train from scratch or from the state in ``args.work_dir``, and write the checkpoint."""
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer, args.seed).to(args.device).train()
+    model = build_model(tokenizer, args.seed)
+    if args.start_from:
+        take_weights(model, tokenizer, args.start_from)
+    model = model.to(args.device).train()
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{n_parameters / 1e6:.2f}M parameters, {len(tokenizer)} tokens", file=sys.stderr)
     lengths = [length for length in LENGTHS if length <= args.max_length]
     trainer = Trainer(model, Sampler(tokenizer, args.seed + 1), lengths, args.learning_rate)
+    trainer.progress.stage = lengths.index(args.first_length)
     work_dir = Path(args.work_dir)
     work_dir.mkdir(parents=True, exist_ok=True)
     state = work_dir / "state.pt"

@@ -164,7 +164,7 @@ _DISTRACTORS = (
     "On the wall of the {place} was written {letters} {digits}.",
     "The bell of the {place} rang {digits} times.",
 )
-_LETTERS = "bcdfghjklmnpqrstvwxzBCDFGHJKLMNPQRSTVWXZéüñøß字語λж"
+_LETTERS = "ghjklmnpqrstvwxzBCDFGHJKLMNPQRSTVWXZéüñøß字語λж"
 
 _FIELDS: dict[str, tuple[str, ...]] = {
     "place": PLACES,
@@ -196,6 +196,11 @@ class Fact:
     question: str
     answer: str
 
+    @property
+    def said(self) -> str:
+        """The answer without the name."""
+        return self.answer.removeprefix(self.name).strip()
+
 
 @dataclass(frozen=True)
 class Document:
@@ -225,7 +230,7 @@ def make_document(seed: int, n_tokens: int, n_facts: int | None = None) -> Docum
     if not 0 <= n_facts <= len(NAMES):
         raise ValueError(f"n_facts={n_facts} is outside 0 to {len(NAMES)}; each needs its own name")
     random = Random(f"{seed} {n_tokens} {n_facts}")
-    facts = _draw_facts(random, n_facts)
+    facts = draw_facts(random, n_facts)
     plain = [fact.answer for fact in facts]
     # Lead-ins are left out when they would leave no room, or a gap shorter than any filler.
     for stated in ([_with_lead_in(random, sentence) for sentence in plain], plain):
@@ -251,8 +256,8 @@ def ask(random: Random, name: str) -> str:
 def count_tokens(text: str) -> int:
     """Tokens that the bundled tokenizer makes of a text written by this module.
 
-    A word of the vocabulary and a punctuation mark are one token each; any other word is one token
-    plus one per UTF-8 byte.
+    A word of the vocabulary, a number of two or three digits and a punctuation mark are one token
+    each; any other word is one token plus one per UTF-8 byte.
     """
     return sum(_word_tokens(word) for word in _TOKEN.findall(text))
 
@@ -263,11 +268,13 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def _word_tokens(word: str) -> int:
-    is_one_piece = word in _KNOWN or not word[0].isalnum()
+    is_number = word.isdecimal() and 2 <= len(word) <= 3
+    is_one_piece = word in _KNOWN or is_number or not word[0].isalnum()
     return 1 if is_one_piece else 1 + len(word.encode())
 
 
-def _draw_facts(random: Random, n_facts: int) -> list[Fact]:
+def draw_facts(random: Random, n_facts: int) -> list[Fact]:
+    """Facts about different people, at most ``len(NAMES)``."""
     # Distinct neighbor pairs: after two words of an answer, the third is determined.
     facts, pairs = [], set()
     for name in random.sample(NAMES, n_facts):
@@ -286,13 +293,18 @@ def _with_lead_in(random: Random, sentence: str) -> str:
     return f"{random.choice(LEAD_INS)} {sentence}"
 
 
+def filler_sentence(random: Random) -> str:
+    """A sentence that states no fact."""
+    is_distractor = random.random() < _DISTRACTOR_SHARE
+    template = random.choice(_DISTRACTORS if is_distractor else _TEMPLATES)
+    sentence = _FIELD.sub(lambda match: _draw_field(random, match[1]), template)
+    return sentence[0].upper() + sentence[1:]
+
+
 def _draw_fillers(random: Random, n_tokens: int) -> list[str]:
     fillers: list[str] = []
     while n_tokens > 0:
-        is_distractor = random.random() < _DISTRACTOR_SHARE
-        template = random.choice(_DISTRACTORS if is_distractor else _TEMPLATES)
-        sentence = _FIELD.sub(lambda match: _draw_field(random, match[1]), template)
-        sentence = sentence[0].upper() + sentence[1:]
+        sentence = filler_sentence(random)
         rest = n_tokens - count_tokens(sentence)
         if rest == 0 or rest >= _SHORTEST_FILLER:
             fillers.append(sentence)

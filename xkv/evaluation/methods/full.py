@@ -1,0 +1,20 @@
+"""The full cache, which every method is compared with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from xkv.evaluation.methods.method import Compressed, Document, Method, plain_prefixes
+
+
+@dataclass(frozen=True)
+class Full(Method):
+    """Every row as it is."""
+
+    name = "full"
+    has_free_size = False
+
+    def compress(self, document: Document, ratio: float | None) -> Compressed:
+        return Compressed(
+            document.dense_bytes, plain_prefixes(document, document.keys, document.values)
+        )

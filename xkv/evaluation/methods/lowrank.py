@@ -1,0 +1,185 @@
+"""xKV itself: the project's own cache, as it is after a prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from xkv.config import XKVConfig
+from xkv.errors import InputError
+from xkv.evaluation.methods.method import Compressed, Document, Method
+from xkv.evaluation.prefix import Prefix
+from xkv.selection import select_chunks
+
+if TYPE_CHECKING:
+    from xkv.backend import Array, Backend
+    from xkv.layer_cache import LayerCache
+    from xkv.lowrank_cache import LowRankCache
+    from xkv.selection import Landmarks
+
+
+@dataclass(frozen=True)
+class LowRank(Method):
+    """A low-rank cache shared by groups of layers (xKV), or by none (single-layer SVD).
+
+    Args:
+        name: ``xkv``, or ``svd`` with groups of one layer.
+        options: Fields of :class:`xkv.XKVConfig`.
+
+    Source: xKV, arXiv:2503.18893.
+    """
+
+    name: str = "xkv"
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def has_free_size(self) -> bool:  # type: ignore[override]
+        return not {"rank_k", "compression"} & {name for name, _ in self.options}
+
+    @property
+    def is_stepwise(self) -> bool:  # type: ignore[override]
+        return dict(self.options).get("attention") == "selective"
+
+    def compress(self, document: Document, ratio: float | None) -> Compressed:
+        options: dict[str, Any] = {"attention": "dense", **dict(self.options)}
+        if ratio is not None:
+            options["compression"] = ratio
+        cache = document.make_cache(XKVConfig(**options))
+        for index, layer in cache.layers.items():
+            rope = document.ropes[index]
+            spec = None if rope is None else rope.at(document.n_tokens)
+            layer.append(document.keys[index], document.values[index], spec)
+        for group in cache.groups:
+            group.settle()
+        if cache.notice is not None:
+            raise InputError(cache.notice)
+        held = cache.held_bytes()
+        left = [i for i in range(len(document.keys)) if i not in cache.layers]
+        held += sum(document.keys[i].nbytes + document.values[i].nbytes for i in left)
+        detail = str(cache.ranks)
+        _widen(cache, document)
+        layers = []
+        for index in range(len(document.keys)):
+            if index in cache.layers:
+                layers.append(_rows(cache.layers[index], document, index))
+            else:
+                keys, values = document.keys[index], document.values[index]
+                layers.append({"keys": document.widen(keys), "values": document.widen(values)})
+        document.backend.evaluate(*(x for rows in layers for x in (rows["keys"], rows["values"])))
+
+        def start() -> list[Prefix]:
+            return [
+                SelectedPrefix(document.backend, n_tokens=document.n_tokens, budget=budget, **rows)
+                if "landmarks" in rows
+                else Prefix(document.backend, n_tokens=document.n_tokens, **rows)
+                for rows in layers
+            ]
+
+        budget = cache.config.budget
+        return Compressed(held, start, detail)
+
+
+def parse_options(text: dict[str, Any], name: str) -> LowRank:
+    """A method from its options' names and values.
+
+    Raises:
+        InputError: If an option is unknown or contradicts another.
+    """
+    known = [field.name for field in fields(XKVConfig)]
+    for option in text:
+        if option not in known:
+            raise InputError(f"{name} has no option {option!r}; its options: {', '.join(known)}")
+    XKVConfig(**text)
+    return LowRank(name, tuple(text.items()))
+
+
+class SelectedPrefix(Prefix):
+    """A document whose chunks are selected anew in every decode step."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        keys: Array,
+        values: Array,
+        n_tokens: int,
+        exact: tuple[Array, Array],
+        is_dense: Array,
+        landmarks: Landmarks,
+        start: int,
+        budget: int,
+    ) -> None:
+        super().__init__(backend, keys, values, n_tokens)
+        self._approximate, self._exact = (keys, values), exact
+        self._is_dense, self._landmarks = is_dense, landmarks
+        self._start, self._budget = start, budget
+
+    def select(self, queries: Array, scale: float) -> Array | None:
+        """As :meth:`xkv.layer_cache.LayerCache.attend` does: single tokens only."""
+        if queries.shape[-2] > 1:
+            self.prefix_keys, self.prefix_values = self._approximate
+            return None
+        self.prefix_keys, self.prefix_values = self._exact
+        xp, landmarks = self.backend.xp, self._landmarks
+        chunks = select_chunks(self.backend, queries, landmarks, self._budget, scale)
+        ids = self.backend.positions(0, landmarks.n_chunks)
+        is_chosen = xp.any(chunks[..., None] == ids, axis=-2)
+        n_tokens = self.prefix_keys.shape[-2]
+        rows = _rows_of(self.backend, is_chosen, landmarks.chunk_size, self._start, n_tokens)
+        return rows | self._is_dense
+
+
+def _widen(cache: LowRankCache, document: Document) -> None:
+    """Give a cache's arrays the dtype of the arithmetic, after its bytes were counted."""
+    for group in cache.groups:
+        for name in ("keys", "values"):
+            factors = getattr(group, name)
+            if factors is not None:
+                wide = factors._replace(
+                    latent=document.widen(factors.latent),
+                    bases=tuple(map(document.widen, factors.bases)),
+                )
+                setattr(group, name, wide)
+        for layer in group.layers:
+            for buffer in (layer.keys, layer.values):
+                buffer.allocated = document.widen(buffer.allocated)
+
+
+def _rows(layer: LayerCache, document: Document, index: int) -> dict[str, Any]:
+    """What a :class:`Prefix` or :class:`SelectedPrefix` is made of."""
+    keys, values = layer.dense()
+    if layer.landmarks is None:
+        return {"keys": keys, "values": values}
+    backend, landmarks = layer.group.backend, layer.landmarks
+    start = layer.group.start
+    positions = backend.positions(0, layer.offset)
+    is_dense = (positions < start) | (positions >= start + layer.n_segment)
+    is_outlier = _rows_of(backend, landmarks.is_outlier, landmarks.chunk_size, start, layer.offset)
+    exact = tuple(
+        backend.xp.where(is_outlier[..., None], document.widen(rows[index]), approximate)
+        for rows, approximate in ((document.keys, keys), (document.values, values))
+    )
+    if landmarks.bits != 16:
+        wide = backend.dequantize(landmarks.arrays, landmarks.group_size, landmarks.bits)
+        landmarks = landmarks._replace(arrays=(document.widen(wide),), bits=16)
+    return {
+        "keys": keys,
+        "values": values,
+        "exact": exact,
+        "is_dense": is_dense | is_outlier,
+        "landmarks": landmarks,
+        "start": start,
+    }
+
+
+def _rows_of(
+    backend: Backend, is_chosen: Array, chunk_size: int, start: int, n_tokens: int
+) -> Array:
+    """Rows of chosen chunks: ``[B, n_kv_heads, C]`` -> ``[B, n_kv_heads, n_tokens]``."""
+    xp = backend.xp
+    shape = (*is_chosen.shape, chunk_size)
+    rows = xp.reshape(xp.broadcast_to(is_chosen[..., None], shape), (*is_chosen.shape[:2], -1))
+    before, after = (
+        xp.zeros((*rows.shape[:2], n), dtype=rows.dtype, **backend.placement)
+        for n in (start, n_tokens - start - rows.shape[-1])
+    )
+    return xp.concat([before, rows, after], axis=-1)

@@ -1,0 +1,107 @@
+"""What a compression method is to the evaluation."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from xkv.evaluation.prefix import Prefix
+
+if TYPE_CHECKING:
+    from xkv.backend import Array, Backend
+    from xkv.lowrank_cache import LowRankCache
+    from xkv.rope import Rope
+
+
+@dataclass(frozen=True)
+class Document:
+    """A prefilled document: exact rows of every layer, which all methods start from.
+
+    Args:
+        backend: Does the arithmetic.
+        keys: One a layer, ``[1, n_kv_heads, L, head_dim]``, rotated, in the KV dtype.
+        values: One a layer, ``[1, n_kv_heads, L, value_dim]``.
+        queries: One a layer, the last queries ``[1, n_heads, N, head_dim]``, rotated.
+        ropes: What rotated each layer's keys.
+        scale: Factor on the scores.
+        dtype: In which attention is computed.
+        seed: For methods that draw random numbers.
+        make_cache: Makes an empty low-rank cache with a configuration's fields.
+    """
+
+    backend: Backend
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    queries: tuple[Array, ...]
+    ropes: tuple[Rope | None, ...]
+    scale: float
+    dtype: object
+    seed: int
+    make_cache: Callable[..., LowRankCache]
+
+    @property
+    def n_tokens(self) -> int:
+        return self.keys[0].shape[-2]
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the exact rows."""
+        return sum(x.nbytes for x in (*self.keys, *self.values))
+
+    def widen(self, rows: Array) -> Array:
+        """Rows in the dtype of the arithmetic."""
+        return self.backend.xp.astype(rows, self.dtype)
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A document in a method's hands.
+
+    Args:
+        held_bytes: Bytes of all that the method has to hold for it between decode steps.
+        start: Begins the answers to a batch of questions: returns fresh layers, one a model layer.
+        detail: What was chosen, for people.
+    """
+
+    held_bytes: int
+    start: Callable[[], Sequence[Prefix]]
+    detail: str = ""
+
+
+class Method(ABC):
+    """A way of holding a document's cache.
+
+    A subclass is a frozen dataclass: its fields are the method's options, its docstring says the
+    method and its source.
+    """
+
+    name: str
+    has_free_size = True
+    """Whether it can be asked for a ratio; otherwise it holds what its options say."""
+    is_query_aware = False
+    """Whether it looks at the question before it compresses, which others do not."""
+    is_stepwise = False
+    """Whether single tokens attend otherwise than many at once do."""
+
+    @abstractmethod
+    def compress(self, document: Document, ratio: float | None) -> Compressed:
+        """Compress a document.
+
+        Args:
+            document: Its exact rows, which are left as they are.
+            ratio: Dense bytes to bytes held, at least; None where :attr:`has_free_size` is false.
+
+        Raises:
+            InputError: If the ratio cannot be reached for a document of this length.
+        """
+
+
+def plain_prefixes(
+    document: Document, keys: Sequence[Array], values: Sequence[Array]
+) -> Callable[[], list[Prefix]]:
+    """``Compressed.start`` of a method that gives rows back and nothing else, in any dtype."""
+    wide = [(document.widen(k), document.widen(v)) for k, v in zip(keys, values, strict=True)]
+    document.backend.evaluate(*(x for pair in wide for x in pair))
+    return lambda: [Prefix(document.backend, k, v, document.n_tokens) for k, v in wide]

@@ -1,0 +1,130 @@
+"""A document's cache that many questions share, seen by the model as one layer's cache.
+
+The backends' cache classes take these objects in place of a :class:`xkv.layer_cache.LayerCache`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xkv.backend import Array, Backend
+
+N_WATCHED = 32
+"""Last queries of the document that are kept, for methods that look at what they attend to."""
+
+
+class PromptLayer(ABC):
+    """What a backend's cache class needs of one layer."""
+
+    is_compressed = True
+    """Attention is always computed here."""
+
+    def __init__(self, backend: Backend, offset: int) -> None:
+        self.backend = backend
+        self.keys: Array | None = None
+        """Rows that came since, ``[B, n_kv_heads, T, head_dim]``, rotated."""
+        self.values: Array | None = None
+        self._n_before = offset
+
+    @property
+    def offset(self) -> int:
+        """Tokens seen."""
+        return self._n_before + (0 if self.keys is None else self.keys.shape[-2])
+
+    def append(self, keys: Array, values: Array, rope: Any) -> None:
+        """Take new tokens of every question."""
+        if self.keys is None:
+            self.keys, self.values = keys, values
+            return
+        concat = self.backend.xp.concat
+        self.keys = concat([self.keys, keys], axis=-2)
+        self.values = concat([self.values, values], axis=-2)
+
+    def dense(self) -> tuple[Array, Array]:
+        """What a model is handed; its attention is computed by :meth:`attend` instead."""
+        return self.keys, self.values
+
+    @abstractmethod
+    def attend(self, queries: Array, scale: float, mask: Array | None) -> Array:
+        """Attention of the newest tokens, ``[B, n_heads, Lq, head_dim]``."""
+
+
+class DocumentLayer(PromptLayer):
+    """Exact rows while a document is prefilled."""
+
+    def __init__(self, backend: Backend) -> None:
+        super().__init__(backend, 0)
+        self.queries: Array | None = None
+        """The last N_WATCHED rotated queries, ``[1, n_heads, N, head_dim]``."""
+        self.scale = 0.0
+
+    def attend(self, queries: Array, scale: float, mask: Array | None) -> Array:
+        before = [] if self.queries is None else [self.queries]
+        watched = self.backend.xp.concat([*before, queries], axis=-2)[..., -N_WATCHED:, :]
+        self.queries, self.scale = self.backend.own(watched), scale
+        return self.backend.attention(queries, self.keys, self.values, scale, mask)
+
+
+class Prefix(PromptLayer):
+    """A document's rows as a method gives them back, shared by a batch of questions.
+
+    Args:
+        backend: Does the arithmetic.
+        keys: ``[1, n_kv_heads, S, head_dim]``, rotated; fewer rows than tokens where a method
+            drops some. In the dtype of the arithmetic.
+        values: ``[1, n_kv_heads, S, value_dim]``.
+        n_tokens: Tokens of the document.
+    """
+
+    def __init__(self, backend: Backend, keys: Array, values: Array, n_tokens: int) -> None:
+        super().__init__(backend, n_tokens)
+        self.prefix_keys, self.prefix_values = keys, values
+
+    def select(self, queries: Array, scale: float) -> Array | None:
+        """Rows that each question attends to, ``[1 or B, n_kv_heads, S]``, or None for all.
+
+        Called with every call's queries ``[B, n_heads, Lq, head_dim]``: first those of the
+        questions, then those of single tokens.
+        """
+        return None
+
+    def attend(self, queries: Array, scale: float, mask: Array | None) -> Array:
+        """Every question sees the document and its own tokens up to the newest, in order.
+
+        ``mask`` is by position and says the same.
+        """
+        xp = self.backend.xp
+        batch, n_heads, n_queries, _ = queries.shape
+        n_kv_heads, n_rows = self.prefix_keys.shape[1:3]
+        selected = self.select(queries, scale)
+        grouped = xp.reshape(queries * scale, (batch, n_kv_heads, -1, queries.shape[-1]))
+        n_grouped = grouped.shape[2]
+
+        # one product for all questions: the document is read once
+        together = xp.reshape(
+            xp.permute_dims(grouped, (1, 0, 2, 3)), (n_kv_heads, -1, queries.shape[-1])
+        )
+        before = together @ xp.matrix_transpose(self.prefix_keys[0])
+        before = xp.reshape(before, (n_kv_heads, batch, n_grouped, n_rows))
+        before = xp.permute_dims(before, (1, 0, 2, 3))
+        since = grouped @ xp.matrix_transpose(self.keys)
+        lowest = xp.finfo(since.dtype).min
+        if selected is not None:
+            before = xp.where(selected[:, :, None], before, lowest)
+        if n_queries > 1:
+            n_since = self.keys.shape[-2]
+            rows = self.backend.positions(n_since - n_queries, n_queries)
+            is_past = rows[:, None] >= self.backend.positions(0, n_since)
+            per_head = xp.reshape(since, (batch, n_heads, n_queries, n_since))
+            since = xp.reshape(xp.where(is_past, per_head, lowest), since.shape)
+        scores = xp.concat([before, since], axis=-1)
+        weights = xp.softmax(xp.astype(scores, self.backend.accumulate_dtype(queries)), -1)
+        weights = xp.astype(weights, queries.dtype)
+
+        on_document = xp.permute_dims(weights[..., :n_rows], (1, 0, 2, 3))
+        on_document = xp.reshape(on_document, (n_kv_heads, -1, n_rows)) @ self.prefix_values[0]
+        on_document = xp.reshape(on_document, (n_kv_heads, batch, n_grouped, -1))
+        output = xp.permute_dims(on_document, (1, 0, 2, 3)) + weights[..., n_rows:] @ self.values
+        return xp.reshape(output, (batch, n_heads, n_queries, -1))

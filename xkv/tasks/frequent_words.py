@@ -1,0 +1,44 @@
+"""Frequent words: word frequencies of a text fall by Zipf's law; which three come most often?"""
+
+from __future__ import annotations
+
+from random import Random
+
+from xkv.errors import InputError
+from xkv.tasks.sample import Count, Question, Sample
+from xkv.tiny.documents import ADJECTIVES, NOUNS, VERBS
+
+N_WORDS = 100
+N_FREQUENT = 3
+EXPONENT = 2.0
+INTRO = "Here is a list of words. Some come again and again. Remember the most frequent words."
+
+
+def make(seed: int, n_tokens: int, count: Count) -> Sample:
+    """One question for the three most frequent words, after a word that is noise.
+
+    Source: RULER's frequent words extraction, arXiv:2404.06654.
+    """
+    random = Random(f"frequent_words {seed} {n_tokens}")
+    words = random.sample([*NOUNS, *ADJECTIVES, *VERBS], N_WORDS)
+    per_word = max(count(f" {word}") for word in words)
+    n_words = (n_tokens - count(INTRO)) // per_word
+    if n_words < N_WORDS:
+        raise InputError(f"a length of {n_tokens} tokens is too short for frequent_words")
+    # the first rank is noise, as in RULER: dots
+    weights = [rank**-EXPONENT for rank in range(1, N_WORDS + 2)]
+    share = n_words / sum(weights)
+    listed = ["..." for _ in range(round(weights[0] * share / max(1, count(" ...") / per_word)))]
+    for word, weight in zip(words, weights[1:], strict=True):
+        listed += [word] * max(1, round(weight * share))
+    random.shuffle(listed)
+    frequent = words[:N_FREQUENT]
+    while count(text := f"{INTRO}\n\n{' '.join(listed)}.") > n_tokens:
+        listed.pop()
+    question = Question(
+        f"Which {N_FREQUENT} words are the most frequent, dots left out?",
+        "The most frequent words are",
+        f"{', '.join(frequent)}.",
+        tuple(frequent),
+    )
+    return Sample("frequent_words", seed, text, (question,))
