@@ -10,6 +10,7 @@ COMMANDS = {
     "chat": "talk to a model",
     "server": "serve the OpenAI API",
     "cache_prompt": "process a long prompt once and keep its cache in a file",
+    "evaluate": "score compressed caches on long-context tasks",
     "plan": "what fits into this machine's memory",
     "doctor": "which kernels work here, and how fast",
 }

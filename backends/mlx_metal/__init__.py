@@ -12,6 +12,7 @@ from xkv.backends.mlx_metal.files import load_prompt_cache, save_prompt_cache
 from xkv.backends.mlx_metal.seam import attention_seam
 from xkv.config import XKVConfig
 from xkv.engine import Engine
+from xkv.evaluation.model import LanguageModel
 from xkv.footprint import ModelFacts
 from xkv.kernels import KernelMode
 
@@ -22,6 +23,7 @@ __all__ = [
     "disable",
     "enable",
     "load_engine",
+    "load_language_model",
     "load_prompt_cache",
     "make_backend",
     "make_prompt_cache",
@@ -87,3 +89,10 @@ def run_server(argv: Sequence[str] | None = None) -> None:
     from xkv.backends.mlx_metal import server
 
     server.run_server(argv)
+
+
+def load_language_model(model: str, **options: Any) -> LanguageModel:
+    """See :func:`xkv.evaluation.load_language_model`."""
+    from xkv.backends.mlx_metal import language_model
+
+    return language_model.MLXLanguageModel(model, **options)

@@ -6,9 +6,10 @@ from typing import Any
 
 from xkv.backends.torch_cuda.backend import TorchBackend
 from xkv.engine import Engine
+from xkv.evaluation.model import LanguageModel
 from xkv.kernels import KernelMode
 
-__all__ = ["TorchBackend", "load_engine", "make_backend"]
+__all__ = ["TorchBackend", "load_engine", "load_language_model", "make_backend"]
 
 
 def make_backend(device: str | None = None, kernels: KernelMode = "auto") -> TorchBackend:
@@ -21,3 +22,10 @@ def load_engine(model: str, **options: Any) -> Engine:
     from xkv.backends.torch_cuda import engine
 
     return engine.load_engine(model, **options)
+
+
+def load_language_model(model: str, **options: Any) -> LanguageModel:
+    """See :func:`xkv.evaluation.load_language_model`."""
+    from xkv.backends.torch_cuda import language_model
+
+    return language_model.TorchLanguageModel(model, **options)

@@ -79,7 +79,7 @@ class TorchEngine(Engine):
             ended = time.perf_counter()
         answer = output[0, tokens.shape[1] :].tolist()
         n_generated = len(answer)
-        if answer and answer[-1] in self._end_tokens():
+        if answer and answer[-1] in self.end_tokens():
             answer.pop()
         layers = [layer for layer in cache.layers if isinstance(layer, XKVLayer)]
         compressed = layers[0].layer.group.cache if layers else None
@@ -120,8 +120,8 @@ class TorchEngine(Engine):
     def _generation_config(self, sampling: Sampling) -> transformers.GenerationConfig:
         config = transformers.GenerationConfig(
             max_new_tokens=sampling.max_tokens,
-            eos_token_id=self._end_tokens(),
-            pad_token_id=self.tokenizer.pad_token_id or self._end_tokens()[0],
+            eos_token_id=self.end_tokens(),
+            pad_token_id=self.tokenizer.pad_token_id or self.end_tokens()[0],
             do_sample=sampling.temp > 0,
         )
         if sampling.temp > 0:
@@ -131,7 +131,7 @@ class TorchEngine(Engine):
             config.top_k = sampling.top_k
         return config
 
-    def _end_tokens(self) -> list[int]:
+    def end_tokens(self) -> list[int]:
         ends = self.model.generation_config.eos_token_id
         if ends is None:
             ends = self.tokenizer.eos_token_id

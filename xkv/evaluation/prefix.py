@@ -23,9 +23,9 @@ class PromptLayer(ABC):
 
     def __init__(self, backend: Backend, offset: int) -> None:
         self.backend = backend
-        self.keys: Array | None = None
+        self.keys: Any = None
         """Rows that came since, ``[B, n_kv_heads, T, head_dim]``, rotated."""
-        self.values: Array | None = None
+        self.values: Any = None
         self._n_before = offset
 
     @property
@@ -45,6 +45,10 @@ class PromptLayer(ABC):
     def dense(self) -> tuple[Array, Array]:
         """What a model is handed; its attention is computed by :meth:`attend` instead."""
         return self.keys, self.values
+
+    def arrays(self) -> list[Array]:
+        """The rows that came since."""
+        return [x for x in (self.keys, self.values) if x is not None]
 
     @abstractmethod
     def attend(self, queries: Array, scale: float, mask: Array | None) -> Array:

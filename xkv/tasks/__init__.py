@@ -16,6 +16,7 @@ from xkv.tasks import (
     multiturn,
     multivalue,
     needle,
+    perplexity,
     qa,
     variables,
 )
@@ -35,6 +36,7 @@ TASKS: dict[str, MakeSample] = {
     "common_words": common_words.make,
     "frequent_words": frequent_words.make,
     "multiturn": multiturn.make,
+    perplexity.PERPLEXITY: perplexity.make,
 }
 
 __all__ = ["TASKS", "Count", "MakeSample", "Question", "Sample"]

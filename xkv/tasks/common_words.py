@@ -25,7 +25,7 @@ def make(seed: int, n_tokens: int, count: Count) -> Sample:
     words = [*NOUNS, *ADJECTIVES, *VERBS]
     random.shuffle(words)
     common, rare = words[:N_COMMON], words[N_COMMON:]
-    n_words = (n_tokens - count(INTRO)) // max(count(f" {word},") for word in common)
+    n_words = int((n_tokens - count(INTRO)) * len(words) / count(", ".join(words)))
     times_rare = max(1, n_words // (RATIO * N_COMMON + len(rare)))
     times_common = min(RATIO * times_rare, n_words // (2 * N_COMMON))
     if times_common < 2:

@@ -21,14 +21,16 @@ def make(seed: int, n_tokens: int, count: Count) -> Sample:
     """
     random = Random(f"frequent_words {seed} {n_tokens}")
     words = random.sample([*NOUNS, *ADJECTIVES, *VERBS], N_WORDS)
-    per_word = max(count(f" {word}") for word in words)
-    n_words = (n_tokens - count(INTRO)) // per_word
-    if n_words < N_WORDS:
-        raise InputError(f"a length of {n_tokens} tokens is too short for frequent_words")
     # the first rank is noise, as in RULER: dots
     weights = [rank**-EXPONENT for rank in range(1, N_WORDS + 2)]
+    share_dots = weights[0] / sum(weights)
+    per_word = count(" ".join(words)) / N_WORDS * (1 - share_dots)
+    per_word += count(" ".join(["..."] * N_WORDS)) / N_WORDS * share_dots
+    n_words = int((n_tokens - count(INTRO)) / per_word)
+    if n_words < N_WORDS:
+        raise InputError(f"a length of {n_tokens} tokens is too short for frequent_words")
     share = n_words / sum(weights)
-    listed = ["..." for _ in range(round(weights[0] * share / max(1, count(" ...") / per_word)))]
+    listed = ["..."] * round(weights[0] * share)
     for word, weight in zip(words, weights[1:], strict=True):
         listed += [word] * max(1, round(weight * share))
     random.shuffle(listed)

@@ -27,7 +27,7 @@ def make(seed: int, n_tokens: int, count: Count) -> Sample:
         Question(
             f"What are all the magic numbers of {name}?",
             f"All the magic numbers of {name}:",
-            f"{', '.join(numbers[name])}.",
+            f"{f', {name}: '.join(numbers[name])}.",
             tuple(numbers[name]),
         )
         for name in names

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from xkv.evaluation.methods.method import Compressed, Document, Method, plain_prefixes
+from xkv.evaluation.methods.method import Compressed, Document, Method, compressed_rows
 
 
 @dataclass(frozen=True)
@@ -15,6 +15,4 @@ class Full(Method):
     has_free_size = False
 
     def compress(self, document: Document, ratio: float | None) -> Compressed:
-        return Compressed(
-            document.dense_bytes, plain_prefixes(document, document.keys, document.values)
-        )
+        return compressed_rows(document, document.dense_bytes, document.keys, document.values)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from xkv.config import XKVConfig
 from xkv.errors import InputError
-from xkv.evaluation.methods.method import Compressed, Document, Method
+from xkv.evaluation.methods.method import Compressed, Conversation, Document, Method
 from xkv.evaluation.prefix import Prefix
 from xkv.selection import select_chunks
 
 if TYPE_CHECKING:
     from xkv.backend import Array, Backend
-    from xkv.layer_cache import LayerCache
     from xkv.lowrank_cache import LowRankCache
     from xkv.selection import Landmarks
 
@@ -51,32 +52,42 @@ class LowRank(Method):
             layer.append(document.keys[index], document.values[index], spec)
         for group in cache.groups:
             group.settle()
-        if cache.notice is not None:
-            raise InputError(cache.notice)
+        if cache.ranks is None:
+            raise InputError(cache.notice or "nothing could be compressed")
         held = cache.held_bytes()
         left = [i for i in range(len(document.keys)) if i not in cache.layers]
         held += sum(document.keys[i].nbytes + document.values[i].nbytes for i in left)
         detail = str(cache.ranks)
         _widen(cache, document)
-        layers = []
-        for index in range(len(document.keys)):
-            if index in cache.layers:
-                layers.append(_rows(cache.layers[index], document, index))
-            else:
-                keys, values = document.keys[index], document.values[index]
-                layers.append({"keys": document.widen(keys), "values": document.widen(values)})
-        document.backend.evaluate(*(x for rows in layers for x in (rows["keys"], rows["values"])))
+
+        @functools.cache
+        def all_rows() -> list[dict[str, Any]]:
+            rows = [_rows(cache, document, index) for index in range(len(document.keys))]
+            document.backend.evaluate(*(x for row in rows for x in (row["keys"], row["values"])))
+            return rows
 
         def start() -> list[Prefix]:
-            return [
-                SelectedPrefix(document.backend, n_tokens=document.n_tokens, budget=budget, **rows)
-                if "landmarks" in rows
-                else Prefix(document.backend, n_tokens=document.n_tokens, **rows)
-                for rows in layers
+            return [_prefix(document, cache, rows) for rows in all_rows()]
+
+        def converse() -> Conversation:
+            mine = copy.deepcopy(cache)
+            layers = [
+                mine.layers.get(index) or _prefix(document, mine, _rows(mine, document, index))
+                for index in range(len(document.keys))
             ]
 
-        budget = cache.config.budget
-        return Compressed(held, start, detail)
+            def bytes_now() -> tuple[int, int]:
+                # the widened cache holds the same numbers in more bytes
+                wide = document.widen(document.keys[0]).nbytes / document.keys[0].nbytes
+                n_tokens = layers[0].offset
+                alone = sum(document.keys[i].nbytes + document.values[i].nbytes for i in left) * (
+                    n_tokens / document.n_tokens
+                )
+                return n_tokens * document.row_bytes, round(mine.held_bytes() / wide + alone)
+
+            return Conversation(layers, bytes_now)
+
+        return Compressed(held, start, converse, detail)
 
 
 def parse_options(text: dict[str, Any], name: str) -> LowRank:
@@ -144,8 +155,21 @@ def _widen(cache: LowRankCache, document: Document) -> None:
                 buffer.allocated = document.widen(buffer.allocated)
 
 
-def _rows(layer: LayerCache, document: Document, index: int) -> dict[str, Any]:
+def _prefix(document: Document, cache: LowRankCache, rows: dict[str, Any]) -> Prefix:
+    backend, n_tokens = document.backend, document.n_tokens
+    if "landmarks" in rows:
+        return SelectedPrefix(backend, n_tokens=n_tokens, budget=cache.config.budget, **rows)
+    return Prefix(backend, n_tokens=n_tokens, **rows)
+
+
+def _rows(cache: LowRankCache, document: Document, index: int) -> dict[str, Any]:
     """What a :class:`Prefix` or :class:`SelectedPrefix` is made of."""
+    if index not in cache.layers:
+        return {
+            "keys": document.widen(document.keys[index]),
+            "values": document.widen(document.values[index]),
+        }
+    layer = cache.layers[index]
     keys, values = layer.dense()
     if layer.landmarks is None:
         return {"keys": keys, "values": values}

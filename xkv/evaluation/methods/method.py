@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from xkv.evaluation.prefix import Prefix
+from xkv.evaluation.prefix import Prefix, PromptLayer
 
 if TYPE_CHECKING:
     from xkv.backend import Array, Backend
+    from xkv.layer_cache import LayerCache
     from xkv.lowrank_cache import LowRankCache
     from xkv.rope import Rope
 
@@ -50,9 +51,27 @@ class Document:
         """Bytes of the exact rows."""
         return sum(x.nbytes for x in (*self.keys, *self.values))
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token's exact rows."""
+        return self.dense_bytes // self.n_tokens
+
     def widen(self, rows: Array) -> Array:
         """Rows in the dtype of the arithmetic."""
         return self.backend.xp.astype(rows, self.dtype)
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A document's cache that goes on growing.
+
+    Args:
+        layers: One a model layer.
+        bytes_now: Called for (dense bytes of all tokens so far, bytes held for them).
+    """
+
+    layers: Sequence[PromptLayer | LayerCache]
+    bytes_now: Callable[[], tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -62,11 +81,13 @@ class Compressed:
     Args:
         held_bytes: Bytes of all that the method has to hold for it between decode steps.
         start: Begins the answers to a batch of questions: returns fresh layers, one a model layer.
+        converse: Begins a conversation, whose messages and replies stay in the cache.
         detail: What was chosen, for people.
     """
 
     held_bytes: int
     start: Callable[[], Sequence[Prefix]]
+    converse: Callable[[], Conversation]
     detail: str = ""
 
 
@@ -98,10 +119,37 @@ class Method(ABC):
         """
 
 
-def plain_prefixes(
-    document: Document, keys: Sequence[Array], values: Sequence[Array]
-) -> Callable[[], list[Prefix]]:
-    """``Compressed.start`` of a method that gives rows back and nothing else, in any dtype."""
+def compressed_rows(
+    document: Document,
+    held_bytes: int,
+    keys: Sequence[Array],
+    values: Sequence[Array],
+    make_prefix: type[Prefix] | Callable[..., Prefix] = Prefix,
+    detail: str = "",
+) -> Compressed:
+    """What a method returns that gives rows back; tokens that come later stay as they are.
+
+    Args:
+        document: The document.
+        held_bytes: As in :class:`Compressed`.
+        keys: One a layer, ``[1, n_kv_heads, S, head_dim]``, in any dtype.
+        values: One a layer.
+        make_prefix: Called as a :class:`Prefix` is made.
+        detail: As in :class:`Compressed`.
+    """
     wide = [(document.widen(k), document.widen(v)) for k, v in zip(keys, values, strict=True)]
     document.backend.evaluate(*(x for pair in wide for x in pair))
-    return lambda: [Prefix(document.backend, k, v, document.n_tokens) for k, v in wide]
+
+    def start() -> list[Prefix]:
+        return [make_prefix(document.backend, k, v, document.n_tokens) for k, v in wide]
+
+    def converse() -> Conversation:
+        layers = start()
+
+        def bytes_now() -> tuple[int, int]:
+            added = (layers[0].offset - document.n_tokens) * document.row_bytes
+            return document.dense_bytes + added, held_bytes + added
+
+        return Conversation(layers, bytes_now)
+
+    return Compressed(held_bytes, start, converse, detail)

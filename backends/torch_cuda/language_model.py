@@ -1,0 +1,68 @@
+"""A model of transformers as the evaluation uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+
+from xkv.backends.torch_cuda.cache import XKVLayer, find_rope, xkv_attention
+from xkv.backends.torch_cuda.engine import load_engine
+from xkv.errors import InputError
+from xkv.evaluation.model import LanguageModel
+
+
+class TorchLanguageModel(LanguageModel):
+    """A model loaded by ``AutoModelForCausalLM``; on the CPU it computes in float32.
+
+    Args:
+        model: A local directory or a Hugging Face repository.
+        trust_remote_code: For the tokenizer.
+
+    Raises:
+        InputError: If it cannot be loaded, or a layer has no plain KV cache.
+    """
+
+    def __init__(self, model: str, trust_remote_code: bool = False) -> None:
+        engine = load_engine(model, trust_remote_code=trust_remote_code)
+        self._engine, self.model = engine, engine.model
+        kv_dtype = self.model.dtype
+        if engine.backend.device.type == "cpu":
+            # the CPU multiplies 16-bit matrices slowly
+            self.model = self.model.float()
+        native = DynamicCache(config=self.model.config).layers
+        if any(type(layer) is not DynamicLayer for layer in native):
+            raise InputError(
+                f"{type(self.model).__name__} cannot be evaluated: all layers must have a full KV "
+                "cache"
+            )
+        n_layers = self.model.config.get_text_config().num_hidden_layers
+        ropes = [find_rope(self.model)] * n_layers
+        super().__init__(model, engine.backend, engine.tokenizer, ropes, kv_dtype, self.model.dtype)
+
+    @torch.inference_mode()
+    def forward(
+        self, tokens: Sequence[Sequence[int]], layers: Sequence[Any], last_only: bool
+    ) -> torch.Tensor:
+        cache = Cache(
+            layers=[XKVLayer(layer, rope) for layer, rope in zip(layers, self.ropes, strict=True)]
+        )
+        with xkv_attention(self.model):
+            return self.model(
+                input_ids=torch.tensor(tokens, device=self.model.device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1 if last_only else 0,
+            ).logits
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        return frozenset(self._engine.end_tokens())
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return {name: version(name) for name in ("torch", "transformers")}

@@ -1,0 +1,205 @@
+"""``python -m xkv.evaluate``: tasks over a compressed cache, other methods beside it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from xkv.command_line import user_errors
+from xkv.errors import InputError
+from xkv.evaluation import load_language_model
+from xkv.evaluation.run import Evaluation, make_settings
+from xkv.evaluation.store import Store
+from xkv.evaluation.summary import collect, csv_text, markdown, plot
+from xkv.tasks import TASKS, MakeSample
+from xkv.tasks.perplexity import PERPLEXITY, FileText
+from xkv.tasks.qa import TextQuestions
+from xkv.tiny import CHECKPOINT_DIR
+
+METHODS = (
+    "xkv",
+    "xkv:group_size=2",
+    "xkv:group_size=8",
+    "svd",
+    "quantized:bits=8",
+    "quantized:bits=4",
+    "quantized:bits=2",
+    "minicache",
+    "rotating",
+    "snapkv",
+    "snapkv-query",
+    "quest",
+)
+QUICK = {
+    "tasks": ["needle", "multikey", "variables", PERPLEXITY],
+    "lengths": [1024],
+    "methods": ["xkv", "svd", "quantized:bits=4", "rotating"],
+    "ratios": [2.0, 4.0],
+    "samples": 12,
+}
+FIRST_SEED = 1_000_000
+"""Training draws negative seeds."""
+
+
+def setup_arg_parser() -> argparse.ArgumentParser:
+    """The command's flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m xkv.evaluate",
+        description="Score compressed caches on long-context tasks. A document is prefilled once; "
+        "every method compresses it before it sees a question. A run that was ended goes on with "
+        "the same command.",
+    )
+
+    def add(name: str, text: str, default: Any = None, **options: Any) -> None:
+        shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
+        note = "" if default is None else f" (default: {shown})"
+        parser.add_argument(name, default=default, help=text + note, **options)
+
+    add("--model", "model directory or Hugging Face repository; the bundled model if left out")
+    add("--backend", "framework", "mlx", choices=["mlx", "torch"])
+    add("--tasks", f"any of {', '.join(TASKS)}", list(TASKS), nargs="+", metavar="TASK")
+    add("--lengths", "tokens of the documents", [1024, 2048, 4096, 8192], nargs="+", type=int)
+    add(
+        "--methods",
+        "methods beside the full cache, with options as in xkv:group_size=2,attention=selective",
+        METHODS,
+        nargs="+",
+        metavar="METHOD",
+    )
+    add(
+        "--ratios",
+        "dense bytes to bytes held, for methods whose size is free",
+        [2.0, 4.0, 8.0, 16.0],
+        nargs="+",
+        type=float,
+    )
+    add("--samples", "questions of each task at each length", 200, type=int)
+    add("--seed", "seed of the first document", FIRST_SEED, type=int)
+    add("--text", "text file for the tasks qa and ppl instead of the built-in texts")
+    add("--questions", "file of questions over --text: JSON lines with question and answers")
+    add("--out", "folder of the results", "xkv-evaluation")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few questions at one length, in minutes"
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="for the tokenizer")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; a user's mistake is one sentence on stderr and exit code 2."""
+    parser = setup_arg_parser()
+    args = parser.parse_args(argv)
+    if args.quick:
+        for name, value in QUICK.items():
+            if getattr(args, name) == parser.get_default(name):
+                setattr(args, name, value)
+    with user_errors():
+        evaluate(args)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Do what the parsed arguments ask.
+
+    Raises:
+        InputError: If they cannot be met.
+    """
+    tasks = choose_tasks(args)
+    check_numbers(args)
+    settings = make_settings(args.methods, args.ratios)
+    model_name = args.model or str(CHECKPOINT_DIR)
+    model = load_language_model(args.backend, model_name, trust_remote_code=args.trust_remote_code)
+    run = {
+        "model": args.model or "bundled",
+        "backend": args.backend,
+        "kv_dtype": str(model.kv_dtype).rsplit(".", 1)[-1],
+        "text": args.text,
+        "questions": args.questions,
+        "xkv": version("xkv"),
+        **model.versions,
+    }
+    evaluation = Evaluation(model, tasks, args.lengths, settings, args.samples, args.seed)
+    began = time.perf_counter()
+    with Store(args.out, run) as store:
+        with tqdm(total=evaluation.n_answers, unit="answer", file=sys.stderr) as bar:
+
+            def progress(n_answers: int, what: str) -> None:
+                bar.set_description(what, refresh=False)
+                bar.update(n_answers)
+
+            try:
+                evaluation.run(store, progress)
+            except KeyboardInterrupt:
+                bar.close()
+                print(
+                    f"\ninterrupted; what is done is in {args.out}, and the same command goes on",
+                    file=sys.stderr,
+                )
+        cells = collect(store.lines())
+    if not cells:
+        return
+    text = markdown(cells)
+    folder = Path(args.out)
+    try:
+        (folder / "summary.md").write_text(text, encoding="utf-8")
+        (folder / "summary.csv").write_text(csv_text(cells), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write to {args.out}: {error.strerror}") from error
+    print(text)
+    written = "results.jsonl, summary.md, summary.csv"
+    try:
+        plot(cells, folder / "summary.png")
+        written += ", summary.png"
+    except InputError as error:
+        print(error, file=sys.stderr)
+    seconds = time.perf_counter() - began
+    print(f"{args.out}: {written}; {seconds:.0f} s", file=sys.stderr)
+
+
+def choose_tasks(args: argparse.Namespace) -> dict[str, MakeSample]:
+    """The tasks asked for, over the user's text where one is given.
+
+    Raises:
+        InputError: If a task is unknown or a file is missing.
+    """
+    unknown = [name for name in args.tasks if name not in TASKS]
+    if unknown:
+        raise InputError(f"there is no task {unknown[0]!r}; tasks: {', '.join(TASKS)}")
+    tasks = {name: TASKS[name] for name in dict.fromkeys(args.tasks)}
+    if args.questions and not args.text:
+        raise InputError("--questions needs the text that they are about: give --text")
+    if args.text and PERPLEXITY in tasks:
+        tasks[PERPLEXITY] = FileText(args.text).make
+    if args.text and "qa" in tasks:
+        if not args.questions:
+            raise InputError(
+                "the task qa over --text needs --questions; or leave it out of --tasks"
+            )
+        tasks["qa"] = TextQuestions(args.text, args.questions).make
+    return tasks
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Refuse numbers that no evaluation can have.
+
+    Raises:
+        InputError: Naming the flag.
+    """
+    if args.samples < 1:
+        raise InputError(f"--samples {args.samples} must be at least 1")
+    for length in args.lengths:
+        if length < 1:
+            raise InputError(f"--lengths {length} must be at least 1")
+    for ratio in args.ratios:
+        if not ratio > 1:
+            raise InputError(f"--ratios {ratio:g} must be above 1")
+
+
+if __name__ == "__main__":
+    main()
