@@ -33,6 +33,7 @@ from transformers import (
 
 from xkv.errors import InputError
 from xkv.tasks import TASKS
+from xkv.tasks.haystack import draw_names, draw_number, draw_uuid
 from xkv.tiny import documents
 
 PAD, BOS, END, UNKNOWN = "<pad>", "<s>", "<|end|>", "<unk>"
@@ -54,16 +55,16 @@ RECALL_LENGTH = 256
 TASK_LENGTH = 256  # From this length on, most sequences are of the evaluation's tasks.
 CONVERSATION_SHARE = 0.2
 TASK_WEIGHTS = {
-    "needle": 2.5,
-    "multikey": 1.0,
-    "multivalue": 4.0,
-    "multiquery": 4.0,
+    "needle": 3.0,
+    "multikey": 1.5,
+    "multivalue": 1.0,
+    "multiquery": 3.0,
     "variables": 1.5,
     "qa": 0.3,
     "key_value": 1.0,
     "common_words": 0.5,
     "frequent_words": 0.5,
-    "multiturn": 0.7,
+    "multiturn": 1.0,
 }
 # What to list next is learned far more slowly than how to copy it.
 LIST_WEIGHT = 4.0
@@ -329,18 +330,29 @@ class Sampler:
         return ids, weights
 
     def _recall(self, length: int) -> tuple[list[int], list[float]]:
-        """Facts repeated in random order; a value counts once its name was seen."""
+        """Facts repeated in random order; a value counts once its name was seen.
+
+        Values are words, numbers or UUIDs: what is rare elsewhere is common here.
+        """
         r = self.random
-        n_facts = r.randint(2, max(3, min(32, length // 12)))
-        document = documents.make_document(r.randrange(2**40), 5 * n_facts, n_facts)
-        rows = [self._encode(fact.answer) for fact in document.facts]
+        draw = r.choice((None, draw_number, draw_uuid))
+        n_facts = r.randint(2, max(3, min(32, length // (40 if draw is draw_uuid else 12))))
+        if draw is None:
+            document = documents.make_document(r.randrange(2**40), 5 * n_facts, n_facts)
+            facts = [(fact.name, fact.said) for fact in document.facts]
+        else:
+            facts = [(f"{name}:", f"{draw(r)}.") for name in draw_names(r, n_facts)]
+        rows = [(self._encode(name), self._encode(value)) for name, value in facts]
         ids, weights, seen = [self.tokenizer.bos_token_id], [0.0], set()
-        while len(ids) + 5 <= length:
+        while True:
             index = r.randrange(n_facts)
-            ids += rows[index]
-            weights += [0.0, 1.0, 1.0, 1.0, 0.0] if index in seen else [0.0] * 5
+            name, value = rows[index]
+            if len(ids) + len(name) + len(value) > length:
+                return ids, weights
+            ids += name + value
+            weights += [0.0] * len(name)
+            weights += [float(index in seen)] * (len(value) - 1) + [0.0]
             seen.add(index)
-        return ids, weights
 
 
 @dataclass
@@ -404,7 +416,7 @@ class Trainer:
         progress, r = self.progress, self.sampler.random
         longest = self.lengths[progress.stage]
         length = self._draw_length()
-        is_recall = r.random() < (0.5 if progress.stage == 0 else 0.15)
+        is_recall = r.random() < (0.5 if progress.stage == 0 else 0.25)
         if is_recall:
             length = min(length, RECALL_LENGTH)
         warmup, decay = min(1.0, (progress.step + 1) / 150), max(0.05, 1 - progress.step / n_steps)

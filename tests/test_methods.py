@@ -310,6 +310,22 @@ def test_snapkv_query_chooses_for_each_question(backend):
         assert relative_error(got, asked.plain(query)) > 10 * EXACT
 
 
+def test_snapkv_query_weighs_rows_against_the_question_itself(backend):
+    keys, directions = planted(np.array([[50, 50], [120, 120]]), 390)
+    keys[0][..., 120, :] *= 0.5
+    document = make_document(backend, 390, n_layers=1, keys=keys)
+    text = "snapkv-query:kernel_size=1"
+    for own, place in ((0, 50), (6, 120)):
+        prefix = parse_method(text).compress(document, 390.0).start()[0]
+        # the first token looks for row 50, which it may find in itself; the second for row 120
+        question = np.stack([directions[0], directions[1]], axis=1)[None]
+        rows = question[:, :: N_HEADS // N_KV_HEADS] * np.array([[own], [0]], np.float32)
+        prefix.append(*[backend.from_numpy(rows)] * 2, None)
+        prefix.attend(backend.from_numpy(question), document.scale, None)
+        selected = backend.to_numpy(prefix.select(backend.from_numpy(question), document.scale))
+        assert np.argwhere(selected[0]).tolist() == [[0, place], [1, place]]
+
+
 def test_each_start_chooses_anew(backend):
     places = np.array([[50, 200], [120, 20]])
     keys, directions = planted(places, 390)

@@ -233,3 +233,14 @@ def test_rank_above_the_joint_width_is_refused(llama):
     cache = make_prompt_cache(llama, XKVConfig(rank_k=999, rank_v=8))
     with pytest.raises(InputError, match=r"rank_k=999 exceeds the joint width 128"):
         greedy(llama, cache)
+
+
+def test_own_copies_a_part_of_an_array_so_that_the_rest_is_freed(mlx_backend):
+    rows = mx.random.normal((1, 2, 2000, 64))
+    want = np.array(rows[:, :, :500])
+    before = mlx_backend.active_memory() - rows.nbytes
+    part = mlx_backend.own(rows[:, :, :500])
+    mlx_backend.evaluate(part)
+    del rows
+    assert mlx_backend.active_memory() - before < 1.1 * part.nbytes
+    assert np.array_equal(np.array(part), want)

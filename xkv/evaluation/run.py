@@ -114,6 +114,8 @@ class Evaluation:
             if setting not in todo and not (setting.label == "full" and sample.task == PERPLEXITY):
                 continue
             try:
+                if setting.method.is_query_aware and isinstance(sample, Continuation):
+                    raise InputError("it looks at a question, and a text to continue has none")
                 compressed = setting.method.compress(document, setting.ratio)
             except InputError as error:
                 result = {"problem": str(error)}

@@ -285,7 +285,10 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
                 panel.errorbar(
                     x,
                     [100 * value for value in y],
-                    [100 * value for value in half],
+                    [
+                        [100 * min(h, value) for value, h in zip(y, half, strict=True)],
+                        [100 * min(h, 1 - value) for value, h in zip(y, half, strict=True)],
+                    ],
                     label=rows[[row.label for row in rows].index(label)].name.split(" at ")[0],
                     color=f"C{number % 10}",
                     capsize=2,

@@ -26,8 +26,7 @@ def make(seed: int, n_tokens: int, count: Count) -> Sample:
     for start in range(0, n_names, N_QUERIES):
         names, numbers = zip(*facts[start : start + N_QUERIES], strict=True)
         pairs = [f"{name}: {number}" for name, number in zip(names, numbers, strict=True)]
-        listed = f"{', '.join(names[:-1])} and {names[-1]}"
         answer = f"{', '.join(pairs)}."
-        question = f"What are the magic numbers of {listed}?"
+        question = f"What are the magic numbers of {', '.join(names)}?"
         questions.append(Question(question, "Magic numbers of", answer, numbers))
     return Sample("multiquery", seed, context, tuple(questions))
