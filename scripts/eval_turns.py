@@ -26,9 +26,12 @@ from mlx_lm.models.cache import make_prompt_cache
 from tqdm import tqdm
 
 import xkv
-from scripts.eval_retrieval import FIRST_SEED, MAX_ANSWER, parse_cache
+from xkv import InputError, XKVConfig
+from xkv.evaluate import FIRST_SEED
 from xkv.tiny import CHECKPOINT_DIR, make_document
 from xkv.tiny.documents import Fact, ask
+
+MAX_ANSWER = 8
 
 
 class Turn(NamedTuple):
@@ -55,6 +58,24 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--conversations", type=int, default=4)
     parser.add_argument("--prefill-step-size", type=int, default=1024)
     return parser
+
+
+def parse_cache(text: str) -> tuple[str, XKVConfig]:
+    """``"compression=4,window=64"`` as a configuration, beside its text."""
+
+    def value(word: str) -> Any:
+        for kind in (int, float):
+            try:
+                return kind(word)
+            except ValueError:
+                continue
+        return word
+
+    try:
+        options = dict(part.split("=", 1) for part in text.split(","))
+        return text, XKVConfig(**{name: value(word) for name, word in options.items()})
+    except (InputError, TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def make_turns(seed: int, n_tokens: int, n_turns: int, turn_tokens: int) -> Iterator[Turn]:

@@ -57,7 +57,7 @@ CONVERSATION_SHARE = 0.2
 TASK_WEIGHTS = {
     "needle": 3.0,
     "multikey": 1.5,
-    "multivalue": 1.0,
+    "multivalue": 3.0,
     "multiquery": 3.0,
     "variables": 1.5,
     "qa": 0.3,

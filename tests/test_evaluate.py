@@ -119,7 +119,7 @@ def test_backends_agree(mlx_model, tmp_path):
     methods = ["xkv", "quantized:bits=4", "snapkv"]
     torch_model = load_language_model("torch", str(CHECKPOINT_DIR))
     mine, reference = (
-        run(model, tmp_path / name, ("multikey", "multiturn", "ppl"), methods)
+        run(model, tmp_path / name, ("multikey", "multiturn", "ppl"), methods, n_questions=2)
         for name, model in (("mlx", mlx_model), ("torch", torch_model))
     )
     lines = [
@@ -165,7 +165,7 @@ def test_turns_of_a_conversation_are_compressed_too(mlx_model, tmp_path):
 
 def test_perplexity_is_that_of_the_whole_text(mlx_model, tmp_path):
     sample = TASKS["ppl"](evaluate.FIRST_SEED, LENGTH, mlx_model.count)
-    line = run(mlx_model, tmp_path, ("ppl",), ["xkv", "random"])
+    line = run(mlx_model, tmp_path, ("ppl",), ["xkv", "random"], n_questions=1)
     tokens = mlx_model.context_tokens(sample.context)
     rest = mlx_model.encode(sample.continuation)
     logits = mlx_model.model(mx.array([tokens + rest]))[0, len(tokens) : -1]

@@ -17,6 +17,9 @@ from xkv.evaluation.store import Key, Store
 from xkv.tasks import MakeSample, Sample
 from xkv.tasks.perplexity import PERPLEXITY, Continuation
 
+CONTINUATION_QUESTIONS = 16
+"""Questions that one continued text stands for: each of its tokens is a prediction."""
+
 Progress = Callable[[int, str], None]
 """Called with (questions done since the last call, what is being done)."""
 
@@ -89,11 +92,14 @@ class Evaluation:
         n_left, seed = self.n_questions, self.first_seed
         while n_left:
             sample = self.tasks[task](seed, length, self.model.count)
-            questions = sample.questions
-            if not sample.messages:
-                questions = questions[:n_left]
-            yield replace(sample, questions=questions)
-            n_left -= min(n_left, len(questions))
+            if isinstance(sample, Continuation):
+                n_questions = CONTINUATION_QUESTIONS
+            else:
+                n_questions = len(sample.questions)
+                if not sample.messages:
+                    sample = replace(sample, questions=sample.questions[:n_left])
+            yield sample
+            n_left -= min(n_left, n_questions)
             seed += 1
 
     def _run_sample(self, sample: Sample, length: int, store: Store, progress: Progress) -> None:
@@ -103,7 +109,9 @@ class Evaluation:
         }
         todo = [setting for setting, key in keys.items() if store.find(key) is None]
         n_done = len(self.settings) - len(todo)
-        progress(n_done * len(sample.questions), f"{sample.task} {length}")
+        is_text = isinstance(sample, Continuation)
+        n_questions = CONTINUATION_QUESTIONS if is_text else len(sample.questions)
+        progress(n_done * n_questions, f"{sample.task} {length}")
         if not todo:
             return
         # the full cache's predictions are what others are compared with
@@ -123,7 +131,7 @@ class Evaluation:
                 result = self._answer(sample, document, compressed, setting.method, reference)
             if setting in todo:
                 store.add(keys[setting], result)
-                progress(len(sample.questions), f"{sample.task} {length}")
+                progress(n_questions, f"{sample.task} {length}")
 
     def _answer(
         self,

@@ -9,7 +9,9 @@ from xkv.tasks.haystack import draw_names, draw_number, hide
 from xkv.tasks.sample import Count, Question, Sample
 
 N_NAMES = 4
-N_VALUES = 4
+CONNECTIVES = (":", " is", " was", " =")
+"""How the values of a name are stated, in the order of the answer: a text says a thing in several
+ways, and a small model can keep them apart."""
 
 
 def make(seed: int, n_tokens: int, count: Count) -> Sample:
@@ -19,17 +21,19 @@ def make(seed: int, n_tokens: int, count: Count) -> Sample:
     """
     random = Random(f"multivalue {seed} {n_tokens}")
     names = draw_names(random, max(1, min(N_NAMES, n_tokens // 128)))
-    numbers = {name: [draw_number(random) for _ in range(N_VALUES)] for name in names}
-    sentences = [needle.state("number", name, x) for name in names for x in numbers[name]]
+    numbers = {name: [draw_number(random) for _ in CONNECTIVES] for name in names}
+    sentences = [
+        f"Magic number of {name}{word} {number}."
+        for name in names
+        for word, number in zip(CONNECTIVES, numbers[name], strict=True)
+    ]
     random.shuffle(sentences)
     context = hide(random, sentences, n_tokens, count, needle.INTRO)
-    questions = [
-        Question(
-            f"What are all the magic numbers of {name}?",
-            f"All the magic numbers of {name}:",
-            f"{f', {name}: '.join(numbers[name])}.",
-            tuple(numbers[name]),
-        )
-        for name in names
-    ]
+    questions = []
+    for name in names:
+        stated = [f"{name}{word} {x}" for word, x in zip(CONNECTIVES, numbers[name], strict=True)]
+        prefix = f"All the magic numbers of {name}{CONNECTIVES[0]}"
+        answer = f"{', '.join(stated)}.".removeprefix(f"{name}{CONNECTIVES[0]} ")
+        question = f"What are all the magic numbers of {name}?"
+        questions.append(Question(question, prefix, answer, tuple(numbers[name])))
     return Sample("multivalue", seed, context, tuple(questions))
