@@ -17,7 +17,7 @@ from mlx_lm.models.cache import make_prompt_cache as make_native_cache
 from xkv import InputError, XKVConfig, evaluate
 from xkv.backends.mlx_metal import attention_seam, make_prompt_cache
 from xkv.evaluation import load_language_model
-from xkv.evaluation.run import Evaluation, make_settings
+from xkv.evaluation.run import ROOM, Evaluation, make_settings
 from xkv.evaluation.store import RESULTS, Key, Store
 from xkv.evaluation.summary import Cell, collect, csv_text, markdown, rows_of
 from xkv.tasks import TASKS
@@ -69,7 +69,7 @@ def test_full_cache_says_what_the_model_says(mlx_model, model, tmp_path):
     assert len(answers) == 4
     for question, answer in zip(sample.questions, answers, strict=False):
         tokens = context + model.question_tokens(question.text, question.prefix)
-        said = greedy(mlx_model, tokens, 2 * model.count(question.answer) + 8)
+        said = greedy(mlx_model, tokens, model.count(question.answer) + ROOM)
         assert said == answer["prediction"]
         assert answer["score"] == question.score(said)
 

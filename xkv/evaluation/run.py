@@ -20,6 +20,9 @@ from xkv.tasks.perplexity import PERPLEXITY, Continuation
 CONTINUATION_QUESTIONS = 16
 """Questions that one continued text stands for: each of its tokens is a prediction."""
 
+ROOM = 16
+"""Tokens that an answer may have more than the right one."""
+
 Progress = Callable[[int, str], None]
 """Called with (questions done since the last call, what is being done)."""
 
@@ -172,7 +175,7 @@ class Evaluation:
 
     def _answer_tokens(self, sample: Sample, index: int) -> int:
         """Most tokens of an answer: room for other words than those of the right one."""
-        return 2 * self.model.count(sample.questions[index].answer) + 8
+        return self.model.count(sample.questions[index].answer) + ROOM
 
     def _converse(
         self, sample: Sample, document: Document, compressed: Compressed
