@@ -14,6 +14,8 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache as make_native_cache
 
+from tests.tiny_models import ARCHITECTURES, write_checkpoint
+from tests.tolerances import relative_error
 from xkv import InputError, XKVConfig, evaluate
 from xkv.backends.mlx_metal import attention_seam, make_prompt_cache
 from xkv.evaluation import load_language_model
@@ -136,6 +138,46 @@ def test_backends_agree(mlx_model, tmp_path):
             assert [x["prediction"] for x in a["answers"]] == [
                 x["prediction"] for x in b["answers"]
             ]
+
+
+@pytest.mark.parametrize("name", ["llama-yarn", "qwen3", "phi3-su", "gemma"])
+def test_other_architectures_answer_as_in_mlx_lm(name, tmp_path):
+    """At full rank, so that inverse rotations and the methods' rows are exact too."""
+    path = write_checkpoint(tmp_path / "model", ARCHITECTURES[name])
+    random_model = load_language_model("mlx", str(path))
+    exact = "xkv:rank_k=full,rank_v=full,window=16,group_size=2"
+    results = run(random_model, tmp_path / "out", methods=[exact])
+    sample = TASKS["multikey"](evaluate.FIRST_SEED, LENGTH, random_model.count)
+    tokens = random_model.context_tokens(sample.context)
+    for i, question in enumerate(sample.questions[:2]):
+        asked = random_model.question_tokens(question.text, question.prefix)
+        want = greedy(random_model, tokens + asked, random_model.count(question.answer) + ROOM)
+        for method in ("full", exact):
+            assert results[method]["answers"][i]["prediction"] == want
+
+
+def test_ropes_that_change_with_the_length_are_undone_call_by_call(tmp_path):
+    path = write_checkpoint(tmp_path, ARCHITECTURES["llama-dynamic"])
+    random_model = load_language_model("mlx", str(path))
+    document = random_model.prefill(list(range(300, 1000)), 0)
+    assert len(document.rope_runs(0)) == len(document.call_ends) == 2
+    (setting,) = make_settings(["xkv:rank_k=full,rank_v=full,window=16,group_size=1"], [])[1:]
+    layers = setting.method.compress(document, None).start()
+    for layer, keys in zip(layers, document.keys, strict=True):
+        assert relative_error(np.array(layer.prefix_keys), np.array(keys)) < 1e-5
+
+
+def test_models_whose_attention_is_out_of_reach_are_refused(tmp_path):
+    path = write_checkpoint(tmp_path, ARCHITECTURES["gemma2"])
+    with pytest.raises(InputError, match="gemma2 cannot be evaluated: all layers must have"):
+        load_language_model("mlx", str(path))
+
+
+def test_rows_are_held_in_the_checkpoints_dtype(model):
+    assert str(model.kv_dtype).endswith("float16")
+    assert str(model.dtype).endswith("float32")
+    document = model.prefill(model.encode("Time passed."), 0)
+    assert document.dense_bytes == document.n_tokens * 8 * 2 * 2 * 64 * 2
 
 
 def test_conversation_is_the_one_that_mlx_lm_has(mlx_model, tmp_path):

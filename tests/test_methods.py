@@ -69,6 +69,7 @@ def make_document(
         layers(values, N_KV_HEADS, n_tokens, kind),
         layers(queries, N_HEADS, N_WATCHED, xp.float32),
         (RopeSpec.standard(head_dim, 10_000.0),) * n_layers,
+        (n_tokens,),
         head_dim**-0.5,
         xp.float32,
         3,

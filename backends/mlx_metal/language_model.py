@@ -7,8 +7,8 @@ from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
+from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.cache import XKVCache
 from xkv.backends.mlx_metal.enable import CachePlan, model_name
 from xkv.backends.mlx_metal.engine import load_engine
@@ -16,6 +16,8 @@ from xkv.backends.mlx_metal.seam import attention_seam
 from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.evaluation.model import LanguageModel
+from xkv.evaluation.prefix import DocumentLayer
+from xkv.rope import Rope
 
 
 class MLXLanguageModel(LanguageModel):
@@ -43,12 +45,8 @@ class MLXLanguageModel(LanguageModel):
                 f"{model_name(self.model)} cannot be evaluated: all layers must have the same full "
                 "KV cache, with attention that a cache can take over"
             )
-        parameters: Any = tree_flatten(self.model.parameters())
-        kv_dtype = next(
-            x.dtype
-            for name, x in parameters
-            if name.endswith(("norm.weight", ".scales", "embed_tokens.weight"))
-        )
+        ropes = [probe.rope for probe in probes]
+        kv_dtype = _kv_dtype(self.model, engine.backend, ropes)
         if not on_gpu:
             # the CPU multiplies 16-bit matrices slowly
             self.model.set_dtype(mx.float32)
@@ -56,7 +54,7 @@ class MLXLanguageModel(LanguageModel):
             model,
             engine.backend,
             engine.tokenizer,
-            [probe.rope for probe in probes],
+            ropes,
             kv_dtype,
             kv_dtype if on_gpu else mx.float32,
         )
@@ -64,9 +62,7 @@ class MLXLanguageModel(LanguageModel):
     def forward(
         self, tokens: Sequence[Sequence[int]], layers: Sequence[Any], last_only: bool
     ) -> mx.array:
-        caches = [XKVCache(layer, rope) for layer, rope in zip(layers, self.ropes, strict=True)]
-        with attention_seam():
-            logits = self.model(mx.array([list(row) for row in tokens]), cache=caches)
+        logits = _forward(self.model, tokens, layers, self.ropes)
         return logits[:, -1:] if last_only else logits
 
     @property
@@ -76,3 +72,18 @@ class MLXLanguageModel(LanguageModel):
     @property
     def versions(self) -> dict[str, str]:
         return {name: version(name) for name in ("mlx", "mlx-lm")}
+
+
+def _forward(
+    model: Any, tokens: Sequence[Sequence[int]], layers: Sequence[Any], ropes: Sequence[Rope | None]
+) -> mx.array:
+    caches = [XKVCache(layer, rope) for layer, rope in zip(layers, ropes, strict=True)]
+    with attention_seam():
+        return model(mx.array([list(row) for row in tokens]), cache=caches)
+
+
+def _kv_dtype(model: Any, backend: MLXBackend, ropes: Sequence[Rope | None]) -> mx.Dtype:
+    """In which a model makes its rows, read off a forward pass that is never computed."""
+    layers = [DocumentLayer(backend) for _ in ropes]
+    _forward(model, [[0]], layers, ropes)
+    return layers[0].keys.dtype

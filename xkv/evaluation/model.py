@@ -138,8 +138,11 @@ class LanguageModel(ABC):
     def prefill(self, tokens: Sequence[int], seed: int) -> Document:
         """Run a document through the model; its rows are held in the KV dtype."""
         layers = [DocumentLayer(self.backend) for _ in self.ropes]
-        for start in range(0, len(tokens), PREFILL_STEP):
-            self.forward([tokens[start : start + PREFILL_STEP]], layers, last_only=True)
+        # calls of equal size: a short last one would count as the end of a prompt
+        n_calls = -(-len(tokens) // PREFILL_STEP)
+        ends = tuple(len(tokens) * (i + 1) // n_calls for i in range(n_calls))
+        for start, end in zip((0, *ends), ends, strict=False):
+            self.forward([tokens[start:end]], layers, last_only=True)
             self.backend.evaluate(*(x for layer in layers for x in layer.arrays()))
         astype = self.backend.xp.astype
         keys, values = (
@@ -153,6 +156,7 @@ class LanguageModel(ABC):
             values,
             tuple(layer.queries for layer in layers),
             self.ropes,
+            ends,
             layers[0].scale,
             self.dtype,
             seed,

@@ -47,9 +47,11 @@ class LowRank(Method):
             options["compression"] = ratio
         cache = document.make_cache(XKVConfig(**options))
         for index, layer in cache.layers.items():
-            rope = document.ropes[index]
-            spec = None if rope is None else rope.at(document.n_tokens)
-            layer.append(document.keys[index], document.values[index], spec)
+            keys, values = document.keys[index], document.values[index]
+            begin = 0
+            for end, spec in document.rope_runs(index):
+                layer.append(keys[..., begin:end, :], values[..., begin:end, :], spec)
+                begin = end
         for group in cache.groups:
             group.settle()
         if cache.ranks is None:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from xkv.backend import Array, Backend
     from xkv.layer_cache import LayerCache
     from xkv.lowrank_cache import LowRankCache
-    from xkv.rope import Rope
+    from xkv.rope import Rope, RopeSpec
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Document:
         values: One a layer, ``[1, n_kv_heads, L, value_dim]``.
         queries: One a layer, the last queries ``[1, n_heads, N, head_dim]``, rotated.
         ropes: What rotated each layer's keys.
+        call_ends: Where each call of the prefill ended; some ropes rotate each call differently.
         scale: Factor on the scores.
         dtype: In which attention is computed.
         seed: For methods that draw random numbers.
@@ -37,6 +38,7 @@ class Document:
     values: tuple[Array, ...]
     queries: tuple[Array, ...]
     ropes: tuple[Rope | None, ...]
+    call_ends: tuple[int, ...]
     scale: float
     dtype: object
     seed: int
@@ -55,6 +57,17 @@ class Document:
     def row_bytes(self) -> int:
         """Bytes of one token's exact rows."""
         return self.dense_bytes // self.n_tokens
+
+    def rope_runs(self, layer: int) -> list[tuple[int, RopeSpec | None]]:
+        """Where each run of rows that one spec rotated ends, and the spec."""
+        rope = self.ropes[layer]
+        runs: list[tuple[int, RopeSpec | None]] = []
+        for end in self.call_ends:
+            spec = None if rope is None else rope.at(end)
+            if runs and runs[-1][1] == spec:
+                runs.pop()
+            runs.append((end, spec))
+        return runs
 
     def widen(self, rows: Array) -> Array:
         """Rows in the dtype of the arithmetic."""
