@@ -48,12 +48,12 @@ class Terminal:
         # in pieces: a terminal's input queue is short, and the program has to read on
         data = text.encode()
         while data:
-            _, writable, _ = select.select([], [self.main], [], 10)
+            _, writable, _ = select.select([], [self.main], [], 60)
             assert writable
             data = data[os.write(self.main, data[:512]) :]
             self._read(0.02)
 
-    def expect(self, pattern: str, seconds: float = 120) -> str:
+    def expect(self, pattern: str, seconds: float = 300) -> str:
         """Wait for something that was not there before; returns the text up to it."""
         deadline = time.monotonic() + seconds
         while True:

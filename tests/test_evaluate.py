@@ -86,6 +86,12 @@ def test_random_keys_score_near_zero_and_the_full_cache_does_not(model, tmp_path
     assert scores["random"] <= 0.125
 
 
+@pytest.mark.parametrize("task", ["needle", "multivalue", "multiquery", "variables", "qa"])
+def test_bundled_model_can_do_the_task(mlx_model, task, tmp_path):
+    answers = run(mlx_model, tmp_path, (task,), n_questions=6)["full"]["answers"]
+    assert np.mean([answer["score"] for answer in answers]) > 0.8
+
+
 @pytest.mark.parametrize("attention", ["dense", "selective"])
 def test_batched_answers_are_those_of_the_real_cache(mlx_model, attention):
     """A method's rows and batches against the project's own cache, token by token."""

@@ -30,9 +30,18 @@ STEP_TOKENS = 2048
 SEARCH_LIMIT = 1 << 24
 """Longest context looked for where the config names none."""
 ROW_COPIES = 2
-"""float32 copies of a group's keys, or values, while they are factored (measured)."""
+"""float32 copies of one layer's rows while they are turned for the factorization (measured)."""
 EXTRA_PRODUCTS = 2
 """float32 ``[n, columns]`` arrays of the factorization besides one a layer (measured)."""
+
+
+def factoring_bytes(n_layers: int, width: int, rank: int) -> int:
+    """Workspace for one token of a group whose keys, or values, are factored.
+
+    It is the group's rows in float32, one layer's copies of them, and the products.
+    """
+    columns = min(rank + max(8, rank // OVERSAMPLE_SHARE), width)
+    return 4 * (width + ROW_COPIES * width // n_layers + (n_layers + EXTRA_PRODUCTS) * columns)
 
 
 @dataclass(frozen=True)
@@ -190,7 +199,7 @@ class CompressedCache:
         * one group dense with a sixteenth of spare rows, and the hidden states of the prompt before
           the layer, after it, and as chunks: ``3 * n * hidden_size`` elements;
         * two of these, the group's values dense, and its keys being factored in float32:
-          ``ROW_COPIES * n * key_width + (W + EXTRA_PRODUCTS) * n * 1.25 * rank_k`` elements;
+          :func:`factoring_bytes`;
         * the same of its values, whose keys are factored by then.
 
         Prompts too short to compress are dense in all groups, and those short enough for dense
@@ -241,18 +250,13 @@ class CompressedCache:
 
     def _factoring(self, group: GroupShape, plan: RankPlan, n_tokens: int) -> int:
         """Bytes of one group's rows and workspace while its keys, then its values, are factored."""
-
-        def float32_bytes(width: int, rank: int) -> int:
-            columns = min(rank + max(8, rank // OVERSAMPLE_SHARE), width)
-            products = (group.n_layers + EXTRA_PRODUCTS) * columns
-            return 4 * n_tokens * (ROW_COPIES * width + products)
-
         rank_k, rank_v = plan.for_group(group, n_tokens)
         value_row = group.n_layers * group.n_kv_heads * group.value_dim * self.shape.item_bytes
-        keys = buffer_rows(n_tokens) * value_row + float32_bytes(group.key_width, rank_k)
+        keys = factoring_bytes(group.n_layers, group.key_width, rank_k)
+        keys = buffer_rows(n_tokens) * value_row + n_tokens * keys
         if group.has_dense_values:
             return keys
-        return max(keys, float32_bytes(group.value_width, rank_v))
+        return max(keys, n_tokens * factoring_bytes(group.n_layers, group.value_width, rank_v))
 
     def _plan(self, n_tokens: int) -> RankPlan | None:
         """The ranks of a prompt, None where it stays dense."""

@@ -19,8 +19,7 @@ from mlx_lm.models.cache import (
 from xkv.backends.mlx_metal.cache import XKVCache
 from xkv.backends.mlx_metal.enable import Enabled, lowrank_cache
 from xkv.backends.mlx_metal.memory import cache_text, dense_bytes
-from xkv.factorize import OVERSAMPLE_SHARE
-from xkv.footprint import EXTRA_PRODUCTS, ROW_COPIES
+from xkv.footprint import factoring_bytes
 from xkv.lowrank_cache import WAIT_SHARE
 from xkv.ranks import GroupShape, RankPlan, buffer_rows, plan_ranks
 
@@ -69,13 +68,11 @@ class RequestBytes:
 
 
 def _factoring_bytes(group: GroupShape, ranks: RankPlan, n_tokens: int) -> int:
-    """Workspace for one token of a group that is factored, see :mod:`xkv.footprint`."""
-    n_columns = [
-        rank + max(8, rank // OVERSAMPLE_SHARE) for rank in ranks.for_group(group, n_tokens)
-    ]
+    """Workspace for one token of a group that is factored."""
+    widths = (group.key_width, group.value_width)
     return max(
-        4 * (ROW_COPIES * width + (group.n_layers + EXTRA_PRODUCTS) * min(columns, width))
-        for columns, width in zip(n_columns, (group.key_width, group.value_width), strict=True)
+        factoring_bytes(group.n_layers, width, rank)
+        for width, rank in zip(widths, ranks.for_group(group, n_tokens), strict=True)
     )
 
 
