@@ -36,6 +36,8 @@ class Terminal:
             stdout=other,
             stderr=other,
             start_new_session=True,
+            # a job in the background ignores Ctrl-C, and so would its children
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
             env={**os.environ, "LC_ALL": "C.UTF-8"},
         )
         os.close(other)
