@@ -237,7 +237,10 @@ def test_request_that_cannot_fit_is_refused_before_prefill(
         server.ask(content, max_tokens=max_tokens)
     assert time.perf_counter() - began < 2
     assert raised.value.code == "context_length_exceeded"
-    assert server.settled_memory() == before
+    after = server.settled_memory()
+    # what the request before it left to Python's collector may be freed in between
+    assert after.pop("active_memory_bytes") <= before.pop("active_memory_bytes") + SLACK_BYTES
+    assert after == before
 
 
 def test_cached_and_active_bytes_stay_under_the_cap(server: Server) -> None:
