@@ -115,7 +115,10 @@ class Backend(ABC):
 
     @abstractmethod
     def quantize(self, x: Array, group_size: int, bits: int) -> tuple[Array, Array, Array]:
-        """MLX's affine layout: 32-bit words, scales and biases, by groups of the last axis."""
+        """MLX's affine layout: 32-bit words, scales and biases, by groups of the last axis.
+
+        ``bits`` are 2, 3, 4, 5, 6 or 8; ``group_size`` 32, 64 or 128.
+        """
 
     @abstractmethod
     def dequantize(self, packed: tuple[Array, ...], group_size: int, bits: int) -> Array:
@@ -123,9 +126,17 @@ class Backend(ABC):
 
     @abstractmethod
     def quantized_matmul(
-        self, x: Array, packed: tuple[Array, ...], group_size: int, bits: int
+        self,
+        x: Array,
+        packed: tuple[Array, ...],
+        group_size: int,
+        bits: int,
+        transpose: bool = True,
     ) -> Array:
-        """``x @ dequantize(packed)^T``: ``[..., M, D]`` and ``[..., N, D]`` -> ``[..., M, N]``."""
+        """``x @ dequantize(packed)^T``: ``[..., M, D]`` and ``[..., N, D]`` -> ``[..., M, N]``.
+
+        Without ``transpose``, ``x @ dequantize(packed)``: ``[..., M, N]`` -> ``[..., M, D]``.
+        """
 
     @abstractmethod
     def active_memory(self) -> int:

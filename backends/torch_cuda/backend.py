@@ -14,6 +14,7 @@ import torch
 
 from xkv.attention import Segment
 from xkv.backend import Array, Backend
+from xkv.backends.torch_cuda import bit_packing
 from xkv.backends.torch_cuda import kernels as triton_kernels
 from xkv.kernels import KernelDispatch, KernelMode
 from xkv.selection import Landmarks
@@ -104,25 +105,26 @@ class TorchBackend(Backend):
         steps = (edges / scales).round()
         scales = torch.where(steps != 0, edges / torch.where(steps == 0, 1, steps), scales)
         biases = torch.where(steps != 0, edges, 0)
-        numbers = ((groups - biases) / scales).round().clamp(0, top).to(torch.int64)
-        per_word = 32 // bits
-        numbers = numbers.reshape(*x.shape[:-1], -1, per_word)
-        words = (numbers << torch.arange(0, 32, bits, device=x.device)).sum(-1)
-        # int32 holds the same 32 bits as MLX's uint32, which few PyTorch operations take
-        words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+        codes = ((groups - biases) / scales).round().clamp(0, top).to(torch.int64)
+        words = bit_packing.pack(codes.flatten(-2), bits)
         return words, scales[..., 0].to(x.dtype), biases[..., 0].to(x.dtype)
 
     def dequantize(self, packed: tuple[Array, ...], group_size: int, bits: int) -> Array:
         words, scales, biases = packed
-        numbers = words[..., None] >> torch.arange(0, 32, bits, device=words.device)
-        numbers = (numbers & (2**bits - 1)).to(scales.dtype)
-        groups = numbers.reshape(*scales.shape, group_size)
+        codes = bit_packing.unpack(words, bits).to(scales.dtype)
+        groups = codes.reshape(*scales.shape, group_size)
         return (groups * scales[..., None] + biases[..., None]).flatten(-2)
 
     def quantized_matmul(
-        self, x: Array, packed: tuple[Array, ...], group_size: int, bits: int
+        self,
+        x: Array,
+        packed: tuple[Array, ...],
+        group_size: int,
+        bits: int,
+        transpose: bool = True,
     ) -> Array:
-        return x @ self.dequantize(packed, group_size, bits).mT
+        matrix = self.dequantize(packed, group_size, bits)
+        return x @ (matrix.mT if transpose else matrix)
 
     def active_memory(self) -> int:
         gc.collect()
