@@ -103,10 +103,9 @@ def test_growth_is_paid_out_of_what_a_fresh_compression_holds(backend):
     talk.say(600)
     for topic in (1, 2, 1, 2):
         talk.reply(60, topic)
-        fresh = talk.cache.fresh_ranks(talk.cache.groups[0], talk.cache.layers[0].offset - 18)
-        held = sum(x.nbytes for x in talk.cache.groups[0].arrays())
-        rows = talk.cache.layers[0].n_segment + talk.cache.layers[0].n_recent
-        assert held <= sum(fresh) * (rows + WIDTH) * 4
+        group, first = talk.cache.groups[0], talk.cache.layers[0]
+        fresh = talk.cache.fresh_bytes(group, first.n_segment + first.n_recent)
+        assert group.keys.nbytes + group.values.nbytes <= fresh
 
 
 def test_recent_rows_join_the_segment_beyond_the_budget(backend):
@@ -188,7 +187,7 @@ def test_a_copy_shares_the_factors_and_goes_its_own_way(backend):
 
 
 def test_a_conversation_that_was_too_short_is_compressed_when_it_has_grown(backend):
-    talk = Conversation(backend, compression=2)
+    talk = Conversation(backend, compression=2, latent_bits=16)
     talk.say(40)
     talk.reply(4)
     assert talk.cache.notice is not None

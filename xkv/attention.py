@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from xkv.codec import Packed, unpacked
 
 if TYPE_CHECKING:
     from xkv.backend import Array, Backend
     from xkv.rope import RopeSpec
+
+
+Factor = Any
+"""An array in its own dtype, or a :class:`xkv.codec.Packed`."""
 
 
 class RopeRun(NamedTuple):
@@ -25,10 +31,10 @@ class Segment(NamedTuple):
     ``basis_k [B, rank_k, n_kv_heads, head_dim]``, ``basis_v [B, rank_v, n_kv_heads, value_dim]``.
     """
 
-    latent_k: Array
-    latent_v: Array
-    basis_k: Array
-    basis_v: Array
+    latent_k: Factor
+    latent_v: Factor
+    basis_k: Factor
+    basis_v: Factor
     start: int
     """Position of the first row."""
     rope_runs: tuple[RopeRun, ...]
@@ -47,10 +53,11 @@ def rope_rows(
     return rotated[0] if len(rotated) == 1 else backend.xp.concat(rotated, axis=-2)
 
 
-def reconstruct(backend: Backend, latent: Array, basis: Array) -> Array:
+def reconstruct(backend: Backend, latent: Factor, basis: Factor) -> Array:
     """``latent @ basis`` as ``[B, n_kv_heads, L, head_dim]``."""
     xp = backend.xp
     batch, rank, n_kv_heads, head_dim = basis.shape
+    latent, basis = unpacked(backend, latent), unpacked(backend, basis)
     product = latent @ xp.reshape(basis, (batch, rank, n_kv_heads * head_dim))
     product = xp.reshape(product, (batch, latent.shape[-2], n_kv_heads, head_dim))
     return xp.permute_dims(product, (0, 2, 1, 3))
@@ -93,7 +100,9 @@ def lowrank_attention(
         per_head = xp.reshape(scores, (*queries.shape[:3], scores.shape[-1]))
         per_head = xp.where(mask, per_head, xp.finfo(scores.dtype).min)
         scores = xp.reshape(per_head, scores.shape)
-    latent_v = segment.latent_v[:, None]
+    latent_v = segment.latent_v
+    if not isinstance(latent_v, Packed):
+        latent_v = latent_v[:, None]
     return attend_parts(backend, queries, scores, latent_v, segment.basis_v, values)
 
 
@@ -114,18 +123,32 @@ def grouped_scores(
 
 
 def attend_parts(
-    backend: Backend, queries: Array, scores: Array, latent_v: Array, basis_v: Array, values: Array
+    backend: Backend,
+    queries: Array,
+    scores: Array,
+    latent_v: Factor,
+    basis_v: Factor,
+    values: Array,
 ) -> Array:
     """Softmax over :func:`grouped_scores`; values in latent space first, then dense ones.
 
     Args:
-        latent_v: ``[B, 1 or n_kv_heads, S, rank_v]``, the first S columns of ``scores``.
+        latent_v: ``[B, 1 or n_kv_heads, S, rank_v]``, or packed ``[B, S, rank_v]``: the first S
+            columns of ``scores``.
         basis_v: ``[B, rank_v, n_kv_heads, value_dim]``.
         values: ``[B, n_kv_heads, D, value_dim]``, the other columns.
     """
     xp = backend.xp
     weights = xp.astype(xp.softmax(scores, -1), queries.dtype)
     n_latent = latent_v.shape[-2]
-    output = (weights[..., :n_latent] @ latent_v) @ xp.permute_dims(basis_v, (0, 2, 1, 3))
+    on_latent = weights[..., :n_latent]
+    if isinstance(latent_v, Packed):
+        batch, n_kv_heads, n_rows, _ = on_latent.shape
+        flat = xp.reshape(on_latent, (batch, n_kv_heads * n_rows, n_latent))
+        summed = latent_v.weighted_sum(backend, flat)
+        summed = xp.reshape(summed, (batch, n_kv_heads, n_rows, -1))
+    else:
+        summed = on_latent @ latent_v
+    output = summed @ xp.permute_dims(unpacked(backend, basis_v), (0, 2, 1, 3))
     output = output + weights[..., n_latent:] @ values
     return xp.reshape(output, (*queries.shape[:3], values.shape[-1]))

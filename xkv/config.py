@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from xkv.codec import BAND
 from xkv.errors import InputError
 
 Rank = int | Literal["full"]
@@ -15,6 +18,10 @@ AUTO_BUDGETS = 4
 ``scripts/bench_decode.py`` on the CPU, budget 512: dense attention, which is exact over the
 factors, costs 1.5 times selective at 2 budgets, 2.6 times at 4 and 4.1 times at 8.
 """
+
+
+MIN_WINDOW, MAX_WINDOW = 16, 128
+"""Limits of ``window=None``."""
 
 
 @dataclass(frozen=True)
@@ -36,21 +43,29 @@ class Layout:
 class XKVConfig:
     """How a KV cache is compressed.
 
-    Ranks come from exactly one of two places: ``rank_k`` and ``rank_v``, or ``compression``, which
-    picks them for the prompt's length from the byte formula (``xkv.ranks``). With neither,
+    The size comes from exactly one of two places: ``rank_k`` and ``rank_v``, or ``compression``,
+    which is met for the prompt's length in bytes, everything counted (``xkv.ranks``). With neither,
     ``compression`` is 4.
 
     Args:
         group_size: Consecutive layers that share one latent (W).
         groups: Explicit layer groups instead of ``group_size``, e.g. ``((0, 1), (2, 3, 4))``.
+        group_shares: Each group's share of the bytes of the factors, any positive numbers; kept
+            with a sum of 1.
         first_layer: First layer to compress; those before it stay dense.
         last_layer: Last layer to compress, inclusive; None means the model's last.
         rank_k: Columns of the shared key latent, or ``"full"`` for the exact form.
         rank_v: Columns of the shared value latent, or ``"full"``.
         compression: Target ratio of dense bytes to all bytes held after the prompt.
-        value_rank_ratio: rank_v / rank_k when ``compression`` picks the ranks.
+        latent_bits: ``auto`` stores the latents' and bases' bands of 64 columns in as many bits, 2
+            to 16, as their singular values are worth; 16 is the paper's form, where ``compression``
+            picks ranks. Given ranks are always held in 16.
+        value_rank_ratio: rank_v / rank_k when ``compression`` picks ranks.
+        min_rank: Columns that ``auto`` keeps of keys and of values at least.
+        max_rank: Columns that ``auto`` keeps of either at most; None for no limit.
         sinks: First tokens, kept dense.
-        window: Last tokens, kept dense.
+        window: Last tokens, kept dense; None is 128, or down to 16 where sinks and window would
+            take more than a quarter of the bytes that ``compression`` leaves.
         max_tail: Tokens after the window that are kept dense; when there are more, all but the
             window is folded into the compressed part.
         attention: ``dense`` attends to every compressed row; ``selective`` to the ``budget`` rows
@@ -72,14 +87,18 @@ class XKVConfig:
 
     group_size: int = 4
     groups: tuple[tuple[int, ...], ...] | None = None
+    group_shares: tuple[float, ...] | None = None
     first_layer: int = 0
     last_layer: int | None = None
     rank_k: Rank | None = None
     rank_v: Rank | None = None
     compression: float | None = None
+    latent_bits: Literal["auto", 16] = "auto"
     value_rank_ratio: float = 1.5
+    min_rank: int = BAND
+    max_rank: int | None = None
     sinks: int = 4
-    window: int = 128
+    window: int | None = None
     max_tail: int = 128
     attention: Literal["auto", "dense", "selective"] = "auto"
     budget: int = 2048
@@ -92,12 +111,15 @@ class XKVConfig:
     def __post_init__(self) -> None:
         if self.groups is not None:
             object.__setattr__(self, "groups", tuple(tuple(group) for group in self.groups))
+        if self.group_shares is not None:
+            shares = _normalized(self.group_shares, len(self.groups or ()))
+            object.__setattr__(self, "group_shares", shares)
         if self.group_size < 1:
             raise InputError(f"group_size={self.group_size} must be at least 1")
         if self.max_tail < 1:
             raise InputError(f"max_tail={self.max_tail} must be at least 1")
         for name in ("sinks", "window", "power_iterations", "first_layer"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise InputError(f"{name}={getattr(self, name)} must not be negative")
         for name in ("rank_k", "rank_v"):
             rank = getattr(self, name)
@@ -112,6 +134,13 @@ class XKVConfig:
             object.__setattr__(self, "compression", 4.0)
         if self.compression is not None and not self.compression > 1:
             raise InputError(f"compression={self.compression} must be above 1")
+        if self.latent_bits not in ("auto", 16):
+            raise InputError(f"latent_bits={self.latent_bits!r} must be 'auto' or 16")
+        if self.min_rank < 1 or (self.max_rank is not None and self.max_rank < self.min_rank):
+            raise InputError(
+                f"min_rank={self.min_rank} must be at least 1, and max_rank={self.max_rank} not "
+                "below it"
+            )
         if self.attention not in ("auto", "dense", "selective"):
             raise InputError(f"attention={self.attention!r} must be auto, dense or selective")
         if self.chunk_size < 1 or self.budget < 1 or self.budget % self.chunk_size:
@@ -126,9 +155,23 @@ class XKVConfig:
         if not self.value_rank_ratio > 0:
             raise InputError(f"value_rank_ratio={self.value_rank_ratio} must be above 0")
 
+    @property
+    def chooses_bits(self) -> bool:
+        """Whether the bits of latents and bases are chosen by their spectra."""
+        return self.compression is not None and self.latent_bits == "auto"
+
+    def window_at(self, n_tokens: int) -> int:
+        """Last tokens that stay dense after a prompt."""
+        if self.window is not None:
+            return self.window
+        if self.compression is None:
+            return MAX_WINDOW
+        affordable = int(n_tokens / self.compression / 4) - self.sinks
+        return min(max(affordable, MIN_WINDOW), MAX_WINDOW)
+
     def layout(self, n_tokens: int) -> Layout:
         """Which of a prompt's rows are compressed, and whether decode selects among them."""
-        n_rows = n_tokens - self.sinks - self.window
+        n_rows = n_tokens - self.sinks - self.window_at(n_tokens)
         n_chunks = n_rows // self.chunk_size
         n_outliers = n_chunks // 170 if self.outlier_chunks is None else self.outlier_chunks
         n_candidates = (n_chunks - n_outliers) * self.chunk_size
@@ -137,3 +180,17 @@ class XKVConfig:
         if covers_all or self.attention == "dense" or (self.attention == "auto" and not is_long):
             return Layout(n_rows)
         return Layout(n_chunks * self.chunk_size, n_outliers, True)
+
+
+def _normalized(shares: Sequence[float], n_groups: int) -> tuple[float, ...]:
+    """Shares with a sum of 1."""
+    if not n_groups or len(shares) != n_groups:
+        raise InputError(
+            f"group_shares has {len(shares)} numbers for {n_groups} explicit groups: give one a "
+            "group"
+        )
+    if not all(0 < share < math.inf for share in shares):
+        raise InputError(f"group_shares={tuple(shares)} must all be finite and above 0")
+    total = math.fsum(shares)
+    # shares that were normalized before, and come from a file, stay the same to the last bit
+    return tuple(shares) if abs(total - 1) < 1e-9 else tuple(share / total for share in shares)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from xkv.attention import RopeRun, Segment, reconstruct
-from xkv.config import XKVConfig
+from xkv.config import MAX_WINDOW, XKVConfig
 from xkv.ranks import CacheShape, GroupShape
 from xkv.rope import RopeSpec
 from xkv.selection import Landmarks, make_landmarks
@@ -37,7 +37,7 @@ class StepShape:
     batch: int = 1
     chunk_size: int = XKVConfig.chunk_size
     landmark_bits: int = XKVConfig.landmark_bits
-    n_dense: int = XKVConfig.sinks + XKVConfig.window
+    n_dense: int = XKVConfig.sinks + MAX_WINDOW
 
 
 LLAMA_8B = StepShape(32, 8, 128, 384, 576, 2048, "bfloat16")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from xkv.backend import load_backend_module
 from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.lowrank_cache import LowRankCache
+from xkv.ranks import RankPlan
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase ("prefill" or "factorize"), units done and units in all."""
@@ -137,4 +139,21 @@ def describe(cache: LowRankCache) -> str:
             f"{landmarks.chunk_size}, {landmarks.bits}-bit landmarks, "
             f"{selection / 1e6:.3f} MB of what is held"
         )
-    return f"layers {widths}, rank_k {cache.ranks.rank_k}, rank_v {cache.ranks.rank_v}, {attention}"
+    return f"layers {widths}, {describe_factors(cache)}, {attention}"
+
+
+def describe_factors(cache: LowRankCache) -> str:
+    """Ranks, or the columns in each number of bits, of the groups' keys and values."""
+    if isinstance(cache.ranks, RankPlan):
+        return f"rank_k {cache.ranks.rank_k}, rank_v {cache.ranks.rank_v}"
+    texts = []
+    for name in ("keys", "values"):
+        columns: Counter[int] = Counter()
+        kept = [getattr(group, name) for group in cache.groups if getattr(group, name)]
+        for factors in kept:
+            for width, bits, _ in factors.parts():
+                columns[bits] += width
+        if columns:
+            spread = " + ".join(f"{n} of {bits} bits" for bits, n in sorted(columns.items())[::-1])
+            texts.append(f"{name} {spread}")
+    return "columns: " + ", ".join(texts)

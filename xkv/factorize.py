@@ -14,6 +14,10 @@ OVERSAMPLE_SHARE = 4
 """The iteration carries ``rank // OVERSAMPLE_SHARE`` more columns, at least 8, and drops them."""
 
 
+GRAM_SHARE = 8
+"""From this share of the joint width on, the iteration runs on the joint Gram matrix."""
+
+
 class Factors(NamedTuple):
     """A group's keys or values as ``latent @ basis``; see :func:`factorize`."""
 
@@ -33,8 +37,8 @@ def factorize(
     """Factor one layer group's keys (or values) into a shared latent.
 
     Randomized subspace iteration: tall products on the accelerator, and only matrices of about
-    ``rank x rank`` in the Cholesky and eigenvalue routines. No matrix wider than one layer is
-    built.
+    ``rank x rank`` in the Cholesky and eigenvalue routines. Where the rank is a large share of the
+    joint width, the iteration runs on the joint Gram matrix: the rows are read twice in all.
 
     Args:
         layers: One array per layer, ``[..., L, n_kv_heads, head_dim]``, any float dtype. Keys must
@@ -70,41 +74,24 @@ def factorize(
             f"({len(layers)} layers x {n_kv_heads} kv heads x {head_dim}); lower the rank"
         )
     dtype = backend.accumulate_dtype(layers[0])
-    parts = [
-        xp.astype(xp.reshape(layer, (*batch, n_tokens, layer_width)), dtype) for layer in layers
-    ]
-
-    def times(right: Array) -> Array:
-        """[X_1 ... X_W] @ right, without joining the layers."""
-        product = parts[0] @ right[..., :layer_width, :]
-        for i, part in enumerate(parts[1:], start=1):
-            product = product + part @ right[..., i * layer_width : (i + 1) * layer_width, :]
-        return product
-
-    def transposed_times(left: Array) -> Array:
-        return xp.concat([xp.matrix_transpose(part) @ left for part in parts], axis=-2)
-
-    n_columns = min(rank + max(8, rank // OVERSAMPLE_SHARE), width)
-    if n_columns == width:
-        right = xp.broadcast_to(
-            xp.eye(width, dtype=dtype, **backend.placement), (*batch, width, width)
-        )
-        projected = times(right)
-    else:
-        start = xp.astype(backend.normal((width, n_columns), seed), dtype)
-        right = xp.broadcast_to(start, (*batch, width, n_columns))
-        for _ in range(power_iterations + 1):
-            left = _orthonormalize(backend, times(right))
-            right = _orthonormalize(backend, transposed_times(left))
-            backend.evaluate(right)
-        projected = times(right)
+    rows = _Rows(
+        backend,
+        [xp.astype(xp.reshape(x, (*batch, n_tokens, layer_width)), dtype) for x in layers],
+    )
+    n_columns = iteration_columns(rank, width)
+    right = _leading_directions(rows, width, n_columns, power_iterations, seed)
     # the eigenvectors of the small Gram matrix turn the columns onto the singular directions
-    eigenvalues, turn = backend.eigh(xp.matrix_transpose(projected) @ projected)
+    projected = rows.times(right) if rows.gram is None else None
+    small = rows.gram_in(right) if projected is None else xp.matrix_transpose(projected) @ projected
+    eigenvalues, turn = backend.eigh(small)
     order = xp.arange(n_columns - 1, n_columns - 1 - rank, -1, **backend.placement)
     turn = xp.take(turn, order, axis=-1)
     spectrum = xp.sqrt(xp.clip(xp.take(eigenvalues, order, axis=-1), 0, None))
-    latent = xp.astype(projected @ turn, layers[0].dtype)
-    basis = xp.astype(xp.matrix_transpose(right @ turn), layers[0].dtype)
+    right = right @ turn
+    latent = xp.astype(
+        rows.times(right) if projected is None else projected @ turn, layers[0].dtype
+    )
+    basis = xp.astype(xp.matrix_transpose(right), layers[0].dtype)
     bases = tuple(
         backend.own(
             xp.reshape(
@@ -115,6 +102,78 @@ def factorize(
         for i in range(len(layers))
     )
     return Factors(latent, bases, spectrum)
+
+
+def iteration_columns(rank: int, width: int) -> int:
+    """Columns that the subspace iteration carries for ``rank`` of ``width``."""
+    return min(rank + max(8, rank // OVERSAMPLE_SHARE), width)
+
+
+def uses_gram(n_columns: int, width: int) -> bool:
+    """Whether multiplying by the joint Gram matrix costs less than by the rows and back."""
+    return width // GRAM_SHARE < n_columns < width
+
+
+class _Rows:
+    """``X = [X_1 ... X_W]``, never joined.
+
+    Args:
+        parts: One ``[..., L, layer width]`` a layer.
+    """
+
+    def __init__(self, backend: Backend, parts: Sequence[Array]) -> None:
+        self.backend, self.parts = backend, parts
+        self.gram: Array | None = None
+        """``X^T X``, where it was made."""
+
+    def times(self, right: Array) -> Array:
+        """``X @ right``"""
+        width, product = self.parts[0].shape[-1], None
+        for i, part in enumerate(self.parts):
+            added = part @ right[..., i * width : (i + 1) * width, :]
+            product = added if product is None else product + added
+            # one at a time: they are as long as the prompt
+            self.backend.evaluate(product)
+        return product
+
+    def transposed_times(self, left: Array) -> Array:
+        """``X^T @ left``"""
+        xp = self.backend.xp
+        return xp.concat([xp.matrix_transpose(part) @ left for part in self.parts], axis=-2)
+
+    def make_gram(self) -> None:
+        """Multiply every layer with every other."""
+        xp = self.backend.xp
+        columns = [self.transposed_times(part) for part in self.parts]
+        self.gram = xp.concat(columns, axis=-1)
+        self.backend.evaluate(self.gram)
+
+    def gram_in(self, right: Array) -> Array:
+        """The Gram matrix in the coordinates of orthonormal columns."""
+        return self.backend.xp.matrix_transpose(right) @ (self.gram @ right)
+
+
+def _leading_directions(
+    rows: _Rows, width: int, n_columns: int, power_iterations: int, seed: int
+) -> Array:
+    """Orthonormal columns ``[..., width, n_columns]`` near the leading right singular vectors."""
+    backend, xp = rows.backend, rows.backend.xp
+    batch, dtype = rows.parts[0].shape[:-2], rows.parts[0].dtype
+    if n_columns == width:
+        eye = xp.eye(width, dtype=dtype, **backend.placement)
+        return xp.broadcast_to(eye, (*batch, width, width))
+    start = xp.astype(backend.normal((width, n_columns), seed), dtype)
+    right = xp.broadcast_to(start, (*batch, width, n_columns))
+    if uses_gram(n_columns, width):
+        rows.make_gram()
+    for _ in range(power_iterations + 1):
+        if rows.gram is None:
+            right = rows.transposed_times(_orthonormalize(backend, rows.times(right)))
+        else:
+            right = rows.gram @ right
+        right = _orthonormalize(backend, right)
+        backend.evaluate(right)
+    return right
 
 
 def _orthonormalize(backend: Backend, x: Array) -> Array:

@@ -30,6 +30,13 @@ def add_compression_flags(parser: argparse.ArgumentParser) -> None:
     )
     cache.add_argument("--rank-k", type=_rank, help="rank of the keys: a number or 'full'")
     cache.add_argument("--rank-v", type=_rank, help="rank of the values: a number or 'full'")
+    cache.add_argument(
+        "--latent-bits",
+        type=_latent_bits,
+        default=XKVConfig.latent_bits,
+        help="'auto' stores columns in 2 to 16 bits by what they are worth; 16 is the paper's form "
+        f"(default: {XKVConfig.latent_bits})",
+    )
     for name, text in (
         ("sinks", "first tokens that stay dense"),
         ("window", "last tokens that stay dense"),
@@ -128,6 +135,12 @@ def config_from(args: argparse.Namespace, is_bundled: bool) -> XKVConfig | None:
                 "it out, or run with --group-size 0"
             )
     return XKVConfig(**{name: chosen[name] for name in names})
+
+
+def _latent_bits(text: str) -> str | int:
+    if text not in ("auto", "16"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 16 nor 'auto'")
+    return text if text == "auto" else 16
 
 
 def _rank(text: str) -> Rank:

@@ -20,10 +20,10 @@ import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from xkv.config import AUTO_BUDGETS, XKVConfig
-from xkv.factorize import OVERSAMPLE_SHARE
+from xkv.config import AUTO_BUDGETS, MAX_WINDOW, XKVConfig
+from xkv.factorize import iteration_columns, uses_gram
 from xkv.lowrank_cache import WAIT_SHARE
-from xkv.ranks import CacheShape, GroupShape, RankPlan, buffer_rows, plan_ranks
+from xkv.ranks import CacheShape, GroupShape, Plan, buffer_rows, plan_ranks
 
 STEP_TOKENS = 2048
 """mlx-lm's default of ``--prefill-step-size``."""
@@ -32,16 +32,24 @@ SEARCH_LIMIT = 1 << 24
 ROW_COPIES = 2
 """float32 copies of one layer's rows while they are turned for the factorization (measured)."""
 EXTRA_PRODUCTS = 2
-"""float32 ``[n, columns]`` arrays of the factorization besides one a layer (measured)."""
+"""float32 ``[n, columns]`` arrays of the factorization besides the first (measured)."""
+GRAM_PRODUCTS = 2
+"""float32 ``[n, rank]`` arrays of the factorization by the Gram matrix (measured)."""
+GRAM_COPIES = 4
+"""float32 matrices of the joint width in it (measured)."""
 
 
-def factoring_bytes(n_layers: int, width: int, rank: int) -> int:
-    """Workspace for one token of a group whose keys, or values, are factored.
+def factoring_bytes(n_tokens: int, n_layers: int, width: int, rank: int) -> int:
+    """Workspace of a group whose keys, or values, are factored.
 
-    It is the group's rows in float32, one layer's copies of them, and the products.
+    It is the group's rows in float32, one layer's copies of them, and the products; beside them
+    the Gram matrix, where there is one, with a few of its size.
     """
-    columns = min(rank + max(8, rank // OVERSAMPLE_SHARE), width)
-    return 4 * (width + ROW_COPIES * width // n_layers + (n_layers + EXTRA_PRODUCTS) * columns)
+    columns = iteration_columns(rank, width)
+    row = width + ROW_COPIES * width // n_layers
+    if uses_gram(columns, width):
+        return 4 * (n_tokens * (row + GRAM_PRODUCTS * rank) + GRAM_COPIES * width * width)
+    return 4 * n_tokens * (row + (1 + EXTRA_PRODUCTS) * columns)
 
 
 @dataclass(frozen=True)
@@ -206,7 +214,7 @@ class CompressedCache:
         attention have no landmarks but higher ranks: the peak of the longest of each counts for
         longer ones too, so that it does not fall with ``n_tokens`` but for the rounding of ranks.
         """
-        longest_auto = self.config.sinks + self.config.window + AUTO_BUDGETS * self.config.budget
+        longest_auto = self.config.sinks + MAX_WINDOW + AUTO_BUDGETS * self.config.budget
         corners = (self.first - 1, longest_auto, n_tokens)
         return max(self._peak_at(n, step) for n in corners if n <= n_tokens)
 
@@ -222,22 +230,22 @@ class CompressedCache:
         if facts.why_not_layerwise is not None:
             return fixed + natives + self._streaming(plan, held, n_tokens, step)
         beside = 0
-        for group in self.shape.groups:
-            factoring = self._factoring(group, plan, n_tokens)
+        for index, group in enumerate(self.shape.groups):
+            factoring = self._factoring(index, plan, n_tokens)
             beside = max(
                 beside, 3 * hidden + self._dense([group], n_tokens), 2 * hidden + factoring
             )
         return fixed + natives + held + beside
 
-    def _streaming(self, plan: RankPlan, held: int, n_tokens: int, step: int) -> int:
+    def _streaming(self, plan: Plan, held: int, n_tokens: int, step: int) -> int:
         """Rows and workspace of a prompt that streams in, compressed as it comes."""
         first = min(n_tokens, self._first_compressed(step, WAIT_SHARE))
         ranks = self._plan(first) or plan
         work = 0
-        for group in self.shape.groups:
+        for index, group in enumerate(self.shape.groups):
             freed = self._dense([group], first)
-            work = max(work, self._factoring(group, ranks, first) - freed)
-        tail = min(n_tokens, step + self.config.window + self.config.max_tail)
+            work = max(work, self._factoring(index, ranks, first) - freed)
+        tail = min(n_tokens, step + self.config.window_at(n_tokens) + self.config.max_tail)
         # a later step attends to a layer's rows rebuilt: as products, rotated, and joined
         rebuilt = 3 * max(group.row_elements for group in self.shape.groups) * n_tokens
         later = held + self._dense(self.shape.groups, tail) + rebuilt * self.shape.item_bytes
@@ -248,17 +256,22 @@ class CompressedCache:
         elements = sum(group.n_layers * group.row_elements for group in groups)
         return buffer_rows(n_tokens) * elements * self.shape.item_bytes
 
-    def _factoring(self, group: GroupShape, plan: RankPlan, n_tokens: int) -> int:
+    def _factoring(self, index: int, plan: Plan, n_tokens: int) -> int:
         """Bytes of one group's rows and workspace while its keys, then its values, are factored."""
-        rank_k, rank_v = plan.for_group(group, n_tokens)
-        value_row = group.n_layers * group.n_kv_heads * group.value_dim * self.shape.item_bytes
-        keys = factoring_bytes(group.n_layers, group.key_width, rank_k)
-        keys = buffer_rows(n_tokens) * value_row + n_tokens * keys
+        group, item = self.shape.groups[index], self.shape.item_bytes
+        rank_k, rank_v = plan.for_group(self.shape, self.config, index, n_tokens)
+        value_row = group.n_layers * group.n_kv_heads * group.value_dim * item
+        keys = factoring_bytes(n_tokens, group.n_layers, group.key_width, rank_k)
+        keys += buffer_rows(n_tokens) * value_row
         if group.has_dense_values:
             return keys
-        return max(keys, n_tokens * factoring_bytes(group.n_layers, group.value_width, rank_v))
+        values = factoring_bytes(n_tokens, group.n_layers, group.value_width, rank_v)
+        if self.config.chooses_bits:
+            # the keys' latent waits for the values' spectrum
+            values += n_tokens * rank_k * item
+        return max(keys, values)
 
-    def _plan(self, n_tokens: int) -> RankPlan | None:
+    def _plan(self, n_tokens: int) -> Plan | None:
         """The ranks of a prompt, None where it stays dense."""
         plan = plan_ranks(self.shape, self.config, n_tokens)
         return None if isinstance(plan, str) else plan

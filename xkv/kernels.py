@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
+from xkv.attention import Segment
+from xkv.codec import Packed
 from xkv.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,6 +39,19 @@ class Kernel(Protocol):
 
     def __call__(self, *args: Any) -> Array:
         """Launch."""
+
+
+def _packed_problem(kernel: Kernel, args: tuple[Any, ...]) -> str | None:
+    """Why a kernel cannot take the factors as they are stored, or None."""
+    is_packed = any(
+        isinstance(factor, Packed)
+        for argument in args
+        if isinstance(argument, Segment)
+        for factor in argument[:4]
+    )
+    if is_packed and not getattr(kernel, "takes_packed", False):
+        return f"kernel {kernel.name} takes factors in the KV dtype, and these are in fewer bits"
+    return None
 
 
 class KernelDispatch:
@@ -74,7 +89,10 @@ class KernelDispatch:
         """
         if self.mode != "off":
             why_not = (
-                self.device_problem() or kernel.why_not(*args) or self._verdict(kernel, twin, *args)
+                self.device_problem()
+                or _packed_problem(kernel, args)
+                or kernel.why_not(*args)
+                or self._verdict(kernel, twin, *args)
             )
             if why_not is None:
                 self.last_path[operation] = kernel.name

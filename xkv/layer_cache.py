@@ -12,6 +12,7 @@ from xkv.selection import make_landmarks
 
 if TYPE_CHECKING:
     from xkv.backend import Array
+    from xkv.codec import Packed
     from xkv.lowrank_cache import GroupCache
     from xkv.rope import RopeSpec
     from xkv.selection import Landmarks
@@ -144,17 +145,13 @@ class LayerCache:
         group, n_rows = self.group, self.n_segment
         if group.keys is None or group.values is None:
             raise InputError("values that stay dense have no segment")
-        latent_k, latent_v = group.keys.latent, group.values.latent
-        if n_rows < latent_k.shape[1]:
-            latent_k, latent_v = latent_k[:, :n_rows], latent_v[:, :n_rows]
-        return Segment(
-            latent_k,
-            latent_v,
-            group.keys.basis(self.index),
-            group.values.basis(self.index),
-            group.start,
-            self.runs_between(group.start, group.start + n_rows),
+        latents = (x.latent.rows(0, n_rows) for x in (group.keys, group.values))
+        bases = (x.basis(self.index) for x in (group.keys, group.values))
+        latent_k, latent_v, basis_k, basis_v = (
+            x if x.array is None else x.array for x in (*latents, *bases)
         )
+        runs = self.runs_between(group.start, group.start + n_rows)
+        return Segment(latent_k, latent_v, basis_k, basis_v, group.start, runs)
 
     def runs_between(self, start: int, end: int) -> tuple[RopeRun, ...]:
         """How the rows from position ``start`` to ``end`` were rotated."""
@@ -201,7 +198,7 @@ class LayerCache:
         first = n_chunks * chunk_size
         for name in ("keys", "values"):
             factors = getattr(self.group, name)
-            left = factors.latent[:, first : first + n_left]
+            left = factors.latent.rows(first, first + n_left)
             rows = self._rebuild(name, left, factors.basis(self.index), start + first)
             getattr(self, name).replace(start, start + self.n_outlier_rows, [rows])
         self.n_segment, self.n_outlier_rows = first, 0
@@ -229,13 +226,13 @@ class LayerCache:
         if not self.is_compressed or factors is None:
             return rows
         start = self.group.start
-        latent = factors.latent[:, : self.n_segment]
+        latent = factors.latent.rows(0, self.n_segment)
         middle = self._rebuild(name, latent, factors.basis(self.index), start)
         rows, end = self._without_outliers(rows), start + self.n_segment
         parts = [rows[..., :start, :], middle, *self._recent(name, end), rows[..., start:, :]]
         return self.group.backend.xp.concat(parts, axis=-2)
 
-    def _rebuild(self, name: str, latent: Array, basis: Array, position: int) -> Array:
+    def _rebuild(self, name: str, latent: Packed, basis: Packed, position: int) -> Array:
         """Rows ``[B, n_kv_heads, L, dim]`` out of a latent ``[B, L, r]``, keys rotated."""
         rows = reconstruct(self.group.backend, latent, basis)
         if name == "values" or not latent.shape[1]:
@@ -248,7 +245,7 @@ class LayerCache:
         if not self.n_recent:
             return []
         factors = getattr(self.group, name)
-        latent = factors.recent[:, : self.n_recent]
+        latent = factors.recent.rows(0, self.n_recent)
         return [self._rebuild(name, latent, factors.bases[self.index], position)]
 
     def _without_outliers(self, rows: Array) -> Array:
@@ -308,7 +305,8 @@ class LayerCache:
     def arrays(self) -> list[Array]:
         """The arrays this layer holds, without the latents that its group shares."""
         held = [self.keys.allocated, self.values.allocated]
-        held += [x.bases[self.index] for x in (self.group.keys, self.group.values) if x]
+        for factors in (self.group.keys, self.group.values):
+            held += factors.bases[self.index].arrays if factors else []
         held += self.landmarks.held if self.landmarks is not None else ()
         return [x for x in held if x is not None]
 

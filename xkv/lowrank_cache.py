@@ -11,9 +11,16 @@ from xkv.attention import rope_rows
 from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.layer_cache import LayerCache
-from xkv.ranks import CacheShape, RankPlan, check_ranks, plan_ranks
+from xkv.ranks import BitPlan, CacheShape, Plan, check_ranks, plan_ranks
 from xkv.selection import chunk_rows, make_landmarks
-from xkv.shared_factors import SharedFactors, factor_rows, fold_rows, merge_rows
+from xkv.shared_factors import (
+    Draft,
+    SharedFactors,
+    factor_rows,
+    fold_rows,
+    merge_rows,
+    pack_together,
+)
 
 if TYPE_CHECKING:
     from xkv.backend import Array, Backend
@@ -47,6 +54,11 @@ class GroupCache:
         return self.cache.backend
 
     @property
+    def index(self) -> int:
+        """Number of the group in its cache."""
+        return self.cache.groups.index(self)
+
+    @property
     def is_compressed(self) -> bool:
         return self.layers[0].is_compressed
 
@@ -63,7 +75,7 @@ class GroupCache:
         else:
             self._release()
             config = self.cache.config
-            n_rows = first.n_tail - config.window
+            n_rows = first.n_tail - config.window_at(first.offset)
             if n_rows >= config.max_tail:
                 self._fold(n_rows // config.chunk_size * config.chunk_size)
         self.cache.factorize_seconds += time.perf_counter() - began
@@ -79,24 +91,37 @@ class GroupCache:
         layout = cache.config.layout(first.offset)
         self.start = cache.config.sinks
         end = self.start + layout.n_rows
-        rank_k, rank_v = plan.for_group(cache.shape.groups[cache.groups.index(self)], layout.n_rows)
         outliers: list[Array | None] = [None] * len(self.layers)
         if layout.is_selective:
             outliers = [self._summarize(layer, end, layout.n_outliers) for layer in self.layers]
-        self.keys = self._factor("keys", end, rank_k, outliers)
-        if not self.has_dense_values:
-            self.values = self._factor("values", end, rank_v, outliers)
+        self._factor(plan, end, outliers)
         for layer, rows in zip(self.layers, outliers, strict=True):
             layer.n_segment = layout.n_rows
             layer.n_outlier_rows = 0 if rows is None else rows.shape[-1]
+
+    def _factor(self, plan: Plan, end: int, outliers: Sequence[Array | None]) -> None:
+        """Factor keys and values, and store them in the bits that the plan's bytes allow."""
+        cache, config, n_rows = self.cache, self.cache.config, end - self.start
+        ranks = plan.for_group(cache.shape, config, self.index, n_rows)
+        names = ("keys",) if self.has_dense_values else ("keys", "values")
+        drafts = [
+            self._draft(name, end, rank, outliers) for name, rank in zip(names, ranks, strict=False)
+        ]
+        if isinstance(plan, BitPlan):
+            budget = plan.factor_bytes(cache.shape, config, self.index, n_rows) + cache.unspent
+            stored = pack_together(self.backend, drafts, budget, config.min_rank)
+            cache.unspent = budget - sum(factors.nbytes for factors in stored)
+        else:
+            stored = [draft.plain() for draft in drafts]
+        self.keys, self.values = stored[0], None if self.has_dense_values else stored[1]
 
     def _fold(self, n_rows: int) -> None:
         """Move the first rows after the compressed part into it."""
         config, first = self.cache.config, self.layers[0]
         start, n_recent = first.n_sinks + first.n_outlier_rows, first.n_recent
-        limits = self._max_ranks(n_recent + n_rows)
+        limits = self._growth_limits(n_recent + n_rows)
         folded: list[SharedFactors | None] = []
-        for name, factors, max_rank in zip(
+        for name, factors, limit in zip(
             ("keys", "values"), (self.keys, self.values), limits, strict=True
         ):
             if factors is None:
@@ -109,7 +134,7 @@ class GroupCache:
                     factors,
                     rows,
                     n_recent,
-                    max_rank,
+                    limit,
                     power_iterations=config.power_iterations,
                     seed=config.seed,
                 )
@@ -132,33 +157,27 @@ class GroupCache:
             n_rows -= n_rows % config.chunk_size
             for layer in self.layers:
                 layer.extend_landmarks(n_rows)
-        ranks = self.cache.fresh_ranks(self, n_rows)
         self.keys, self.values = (
-            factors
-            and merge_rows(self.backend, factors, n_segment, n_recent, n_rows - n_segment, rank)
-            for factors, rank in zip((self.keys, self.values), ranks, strict=True)
+            factors and merge_rows(self.backend, factors, n_segment, n_recent, n_rows - n_segment)
+            for factors in (self.keys, self.values)
         )
         for layer in self.layers:
             layer.n_segment, layer.n_recent = n_rows, n_segment + n_recent - n_rows
 
-    def _max_ranks(self, n_recent: int) -> list[int]:
-        """What the bases may grow to: twice the ranks that were given, or, where ``compression``
-        picked them, as far as a fresh compression of the same tokens would take more bytes.
+    def _growth_limits(self, n_recent: int) -> list[int]:
+        """Rows that the bases may grow by: up to as many as there are, where ranks were given, or
+        as a fresh compression of the same tokens would take more bytes.
         """
-        shape = self.cache.shape.groups[self.cache.groups.index(self)]
-        n_rows = self.layers[0].n_segment + n_recent
-        limits = []
-        for factors, fresh, width in zip(
-            (self.keys, self.values),
-            self.cache.fresh_ranks(self, n_rows),
-            (shape.key_width, shape.value_width),
-            strict=True,
-        ):
-            held = 0 if factors is None else factors.latent.shape[-1]
-            saved = max(fresh - held, 0) * (n_rows + width)
-            is_given = self.cache.config.compression is None
-            limits.append(2 * held if is_given else held + saved // (n_recent + width))
-        return limits
+        kept = [factors for factors in (self.keys, self.values) if factors]
+        if self.cache.config.compression is None:
+            limits = [2 * factors.latent.rank - factors.rank for factors in kept]
+        else:
+            n_rows = self.layers[0].n_segment + n_recent
+            spare = self.cache.fresh_bytes(self, n_rows) - sum(
+                factors.nbytes_with(n_recent) for factors in kept
+            )
+            limits = [int(spare / len(kept) // factors.column_bytes(n_recent)) for factors in kept]
+        return [max(limit, 0) for limit in limits] + [0] * (2 - len(limits))
 
     def _release(self) -> None:
         """Copy what is left of a latent that was trimmed to less than half, so that it is freed."""
@@ -167,7 +186,7 @@ class GroupCache:
         def short(factors: SharedFactors | None) -> SharedFactors | None:
             if factors is None or 2 * n_rows >= factors.latent.shape[1]:
                 return factors
-            return factors._replace(latent=self.backend.own(factors.latent[:, :n_rows]))
+            return factors._replace(latent=factors.latent.rows(0, n_rows).own(self.backend))
 
         self.keys, self.values = short(self.keys), short(self.values)
 
@@ -185,9 +204,7 @@ class GroupCache:
         self.backend.evaluate(rows)
         return rows
 
-    def _factor(
-        self, name: str, end: int, rank: int, outliers: Sequence[Array | None]
-    ) -> SharedFactors:
+    def _draft(self, name: str, end: int, rank: int, outliers: Sequence[Array | None]) -> Draft:
         """Factor the rows from ``start`` to ``end``, which are freed layer by layer on the way."""
         config, dtype = self.cache.config, self.layers[0].keys.rows.dtype
         layers = []
@@ -199,19 +216,17 @@ class GroupCache:
                 kept.append(self.backend.xp.take_along_axis(buffer.rows, rows, axis=-2))
             buffer.replace(self.start, end, kept)
             self.backend.evaluate(buffer.allocated)
-        factors = factor_rows(
+        draft = factor_rows(
             self.backend,
             layers,
             rank,
+            dtype,
+            is_rotated=config.chooses_bits,
             power_iterations=config.power_iterations,
             seed=config.seed,
         )
-        latent, *bases = (
-            self.backend.xp.astype(x, dtype) for x in (factors.latent, *factors.bases)
-        )
-        self.backend.evaluate(latent, *bases)
         self.cache.report_progress()
-        return factors._replace(latent=latent, bases=tuple(bases))
+        return draft
 
     def _summarize(self, layer: LayerCache, end: int, n_outliers: int) -> Array:
         """Make a layer's landmarks from its exact keys; returns the outlier rows' numbers."""
@@ -280,8 +295,10 @@ class LowRankCache:
         """
         self.notice: str | None = None
         """What was not done as asked, in a sentence."""
-        self.ranks: RankPlan | None = None
-        """The ranks of the first compression."""
+        self.ranks: Plan | None = None
+        """The plan of the first compression."""
+        self.unspent = 0
+        """Bytes that the groups so far left of theirs, for the next one."""
         self.factorize_seconds = 0.0
         self._shape = shape
         self._n_factored = 0
@@ -307,8 +324,8 @@ class LowRankCache:
             )
         check_ranks(self._shape, self.config)
 
-    def plan(self, n_tokens: int, min_share: float = 0.0) -> RankPlan | None:
-        """The ranks for ``n_tokens``, or None (and a notice) where compression gains nothing."""
+    def plan(self, n_tokens: int, min_share: float = 0.0) -> Plan | None:
+        """How large factors may be at ``n_tokens``, None (and a notice) where nothing is gained."""
         plan = plan_ranks(self.shape, self.config, n_tokens, min_share)
         if isinstance(plan, str):
             self.notice = plan
@@ -321,12 +338,12 @@ class LowRankCache:
             )
         return plan
 
-    def fresh_ranks(self, group: GroupCache, n_rows: int) -> tuple[int, int]:
-        """What a fresh compression of the tokens held would give a group, ``(rank_k, rank_v)``."""
+    def fresh_bytes(self, group: GroupCache, n_rows: int) -> int:
+        """Bytes of a group's factors if the tokens held were compressed afresh."""
         plan = plan_ranks(self.shape, self.config, group.layers[0].offset)
         if isinstance(plan, str):
-            return 0, 0
-        return plan.for_group(self.shape.groups[self.groups.index(group)], n_rows)
+            return 0
+        return plan.factor_bytes(self.shape, self.config, group.index, n_rows)
 
     def report_progress(self) -> None:
         self._n_factored += 1

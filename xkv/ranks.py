@@ -1,12 +1,16 @@
-"""Bytes of a compressed cache by formula, and the ranks that meet a target."""
+"""Bytes of a compressed cache by formula, and the size of its factors that meets a target."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from xkv.codec import BAND, BITS, group_size_of, row_bytes
 from xkv.config import Rank, XKVConfig
 from xkv.errors import InputError
+
+PLANNED_BITS = 4
+"""Bits of a latent's column for which the factorization's rank is sized."""
 
 ROW_STEP = 16
 """Dense buffers grow by a multiple of this many rows."""
@@ -15,11 +19,6 @@ ROW_STEP = 16
 def buffer_rows(n_rows: int) -> int:
     """Rows allocated for ``n_rows`` dense ones: a sixteenth more, so that growing stays cheap."""
     return -(-(n_rows + n_rows // 16) // ROW_STEP) * ROW_STEP
-
-
-def landmark_group_size(head_dim: int) -> int:
-    """Features that share a scale in quantized landmarks; 0 where MLX's layout cannot hold them."""
-    return next((size for size in (64, 32) if head_dim % size == 0), 0)
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,7 @@ class CacheShape:
 
     def landmark_bytes(self, group: GroupShape, config: XKVConfig, n_chunks: int) -> int:
         """Bytes of one layer's landmarks and of the mark that says which chunks are outliers."""
-        group_size = landmark_group_size(group.key_dim)
+        group_size = group_size_of(group.key_dim)
         if config.landmark_bits == 16 or not group_size:
             per_chunk = group.key_dim * self.item_bytes
         else:
@@ -99,6 +98,21 @@ class CacheShape:
         """Bytes of the same tokens in the full cache."""
         elements = sum(group.n_layers * group.row_elements for group in self.groups)
         return n_tokens * (elements * self.item_bytes + self.dense_row_bytes)
+
+    def unfactored_bytes(self, config: XKVConfig, n_tokens: int) -> int:
+        """Bytes of all but latents and bases after a prompt and one more token."""
+        layout = config.layout(n_tokens)
+        n_dense = n_tokens - layout.n_rows + layout.n_outliers * config.chunk_size + 1
+        total = n_tokens * self.dense_row_bytes
+        for group in self.groups:
+            n_dense_values = n_tokens + 1 if group.has_dense_values else n_dense
+            elements = buffer_rows(n_dense) * group.key_dim
+            elements += buffer_rows(n_dense_values) * group.value_dim
+            total += elements * group.n_layers * group.n_kv_heads * self.item_bytes
+            if layout.is_selective:
+                n_chunks = layout.n_rows // config.chunk_size
+                total += group.n_layers * self.landmark_bytes(group, config, n_chunks)
+        return total
 
 
 @dataclass(frozen=True)
@@ -113,36 +127,78 @@ class RankPlan:
     rank_k: Rank
     rank_v: Rank
 
-    def for_group(self, group: GroupShape, n_rows: int) -> tuple[int, int]:
-        """``(rank_k, rank_v)`` of a group whose segment has ``n_rows`` tokens.
+    def for_group(
+        self, shape: CacheShape, config: XKVConfig, index: int, n_rows: int
+    ) -> tuple[int, int]:
+        """``(rank_k, rank_v)`` of group number ``index``, whose segment has ``n_rows`` tokens.
 
         A rank above the number of rows or the joint width holds nothing more, but ``"full"`` is
         always the joint width.
         """
+        group = shape.groups[index]
 
         def clamp(rank: Rank, width: int) -> int:
             return width if rank == "full" else min(rank, width, n_rows)
 
         return clamp(self.rank_k, group.key_width), clamp(self.rank_v, group.value_width)
 
+    def factor_bytes(self, shape: CacheShape, config: XKVConfig, index: int, n_rows: int) -> int:
+        """Bytes of the latents and bases of group number ``index``."""
+        group = shape.groups[index]
+        rank_k, rank_v = self.for_group(shape, config, index, n_rows)
+        elements = rank_k * (n_rows + group.key_width) + rank_v * (n_rows + group.value_width)
+        return elements * shape.item_bytes
+
     def held_bytes(self, shape: CacheShape, config: XKVConfig, n_tokens: int) -> int:
         """Bytes held after a prompt of ``n_tokens`` and one more token: factors and dense rows."""
-        layout = config.layout(n_tokens)
-        n_rows = layout.n_rows
-        n_dense = n_tokens - n_rows + layout.n_outliers * config.chunk_size + 1
-        total = n_tokens * shape.dense_row_bytes
-        for group in shape.groups:
-            n_dense_values = n_tokens + 1 if group.has_dense_values else n_dense
-            elements = buffer_rows(n_dense) * group.key_dim
-            elements += buffer_rows(n_dense_values) * group.value_dim
-            elements *= group.n_layers * group.n_kv_heads
-            rank_k, rank_v = self.for_group(group, n_rows)
-            elements += rank_k * (n_rows + group.key_width) + rank_v * (n_rows + group.value_width)
-            total += elements * shape.item_bytes
-            if layout.is_selective:
-                n_chunks = n_rows // config.chunk_size
-                total += group.n_layers * shape.landmark_bytes(group, config, n_chunks)
-        return total
+        n_rows = config.layout(n_tokens).n_rows
+        factors = (self.factor_bytes(shape, config, i, n_rows) for i in range(len(shape.groups)))
+        return shape.unfactored_bytes(config, n_tokens) + sum(factors)
+
+
+@dataclass(frozen=True)
+class BitPlan:
+    """Bytes for the factors of one prompt; how they are spent is decided when spectra are known.
+
+    Args:
+        budget_bytes: Of the latents and bases of all groups.
+    """
+
+    budget_bytes: int
+
+    def for_group(
+        self, shape: CacheShape, config: XKVConfig, index: int, n_rows: int
+    ) -> tuple[int, int]:
+        """Columns of keys and of values of group number ``index`` that are looked at.
+
+        More than the budget holds at ``PLANNED_BITS``, were it shared evenly, are hardly kept.
+        """
+        group = shape.groups[index]
+        budget = self.factor_bytes(shape, config, index, n_rows)
+        widths = (group.key_width, group.value_width)
+        share = budget / (2 if all(widths) else 1)
+        bits = 8 * row_bytes(BAND, PLANNED_BITS, shape.item_bytes) / BAND
+
+        def columns(width: int) -> int:
+            fitting = max(int(8 * share / bits / (n_rows + width)), config.min_rank)
+            fitting = min(fitting, config.max_rank or fitting)
+            return min(-(-fitting // BAND) * BAND, width, n_rows)
+
+        return columns(widths[0]), columns(widths[1])
+
+    def factor_bytes(self, shape: CacheShape, config: XKVConfig, index: int, n_rows: int) -> int:
+        """Bytes of the latents and bases of group number ``index``."""
+        if config.group_shares is not None:
+            return int(self.budget_bytes * config.group_shares[index])
+        sizes = [group.key_width + group.value_width for group in shape.groups]
+        return self.budget_bytes * sizes[index] // sum(sizes)
+
+    def held_bytes(self, shape: CacheShape, config: XKVConfig, n_tokens: int) -> int:
+        """Bytes held after a prompt of ``n_tokens`` and one more token: factors and dense rows."""
+        return shape.unfactored_bytes(config, n_tokens) + self.budget_bytes
+
+
+Plan = RankPlan | BitPlan
 
 
 def check_ranks(shape: CacheShape, config: XKVConfig) -> None:
@@ -169,24 +225,26 @@ LONG_PROMPT = 1 << 24
 
 def plan_ranks(
     shape: CacheShape, config: XKVConfig, n_tokens: int, min_share: float = 0.0
-) -> RankPlan | str:
-    """Choose the ranks for a prompt.
+) -> Plan | str:
+    """Choose the size of a prompt's factors.
 
     Args:
         shape: The model's cache.
-        config: Its ranks are taken as they are; with ``compression`` the largest ranks in the ratio
-            ``value_rank_ratio`` whose bytes, all counted, stay within dense bytes / compression.
+        config: Its ranks are taken as they are; with ``compression`` it is what of dense bytes /
+            compression all else leaves, as bytes or, in 16 bits, as the largest ranks in the ratio
+            ``value_rank_ratio`` that fit.
         n_tokens: Tokens in the cache.
-        min_share: Ranks that ``compression`` picks below this share of those of a very long prompt
-            count as too few.
+        min_share: Factors that ``compression`` makes smaller, for each token, than this share of
+            those of a very long prompt count as too small.
 
     Returns:
         The plan, or one sentence that says why the prompt stays dense.
     """
-    if config.layout(n_tokens).n_rows < 1:
+    n_rows = config.layout(n_tokens).n_rows
+    if n_rows < 1:
         return (
             f"kept dense: {n_tokens} tokens are not more than the {config.sinks} sinks "
-            f"and {config.window} window tokens that always stay dense"
+            f"and {config.window_at(n_tokens)} window tokens that always stay dense"
         )
     dense = shape.dense_bytes(n_tokens)
     if config.rank_k is not None and config.rank_v is not None:
@@ -199,16 +257,64 @@ def plan_ranks(
                 "would take more memory than the full cache"
             )
         return plan
+    if config.chooses_bits:
+        return _plan_bits(shape, config, n_tokens, min_share)
     rank_k = _largest_rank(shape, config, n_tokens)
     if min_share and rank_k < min_share * _largest_rank(shape, config, LONG_PROMPT):
         rank_k = 0
-    if not rank_k:
-        return (
-            f"kept dense: {n_tokens} tokens are too few for a compression of "
-            f"{config.compression:g} with {config.sinks + config.window} tokens dense "
-            "and a basis in every group"
-        )
-    return _ranks(config, rank_k)
+    return _ranks(config, rank_k) if rank_k else _too_short(shape, config, n_tokens)
+
+
+def _plan_bits(
+    shape: CacheShape, config: XKVConfig, n_tokens: int, min_share: float
+) -> BitPlan | str:
+    assert config.compression is not None
+    allowed = shape.dense_bytes(n_tokens) / config.compression
+    plan = BitPlan(int(allowed - shape.unfactored_bytes(config, n_tokens)))
+    n_rows = config.layout(n_tokens).n_rows
+    width = max(max(group.key_width, group.value_width) for group in shape.groups)
+    if min_share and plan.budget_bytes / allowed * n_rows / (n_rows + width) < min_share:
+        return _too_short(shape, config, n_tokens)
+    for index in range(len(shape.groups)):
+        needed = _least_factor_bytes(shape, config, index, n_rows)
+        if plan.factor_bytes(shape, config, index, n_rows) < needed:
+            return _too_short(shape, config, n_tokens)
+    return plan
+
+
+def _least_factor_bytes(shape: CacheShape, config: XKVConfig, index: int, n_rows: int) -> int:
+    """Bytes of a group's factors with ``min_rank`` columns in the fewest bits."""
+    group, total = shape.groups[index], 0
+    for width, dim in ((group.key_width, group.key_dim), (group.value_width, group.value_dim)):
+        if width:
+            bits = BITS[0] if group_size_of(dim) else 16
+            columns = -(-min(config.min_rank, width, n_rows) // BAND) * BAND
+            basis = width // dim * row_bytes(dim, bits, shape.item_bytes)
+            total += columns * basis
+            total += columns // BAND * n_rows * row_bytes(BAND, BITS[0], shape.item_bytes)
+    return total
+
+
+def _too_short(shape: CacheShape, config: XKVConfig, n_tokens: int) -> str:
+    """Why a compression cannot be met, with the best that can."""
+    best = _best_compression(shape, config, n_tokens)
+    reach = f"; at most {best:.3g} can be reached" if best > 1 else ""
+    return (
+        f"kept dense: {n_tokens} tokens are too few for a compression of "
+        f"{config.compression:g} with {config.sinks + config.window_at(n_tokens)} tokens dense "
+        f"and a basis in every group{reach}"
+    )
+
+
+def _best_compression(shape: CacheShape, config: XKVConfig, n_tokens: int) -> float:
+    """The largest compression that this prompt could be given, below 1 if there is none."""
+    n_rows = config.layout(n_tokens).n_rows
+    if config.chooses_bits:
+        least = sum(_least_factor_bytes(shape, config, i, n_rows) for i in range(len(shape.groups)))
+    else:
+        held = _ranks(config, 1).held_bytes(shape, config, n_tokens)
+        least = held - shape.unfactored_bytes(config, n_tokens)
+    return shape.dense_bytes(n_tokens) / (least + shape.unfactored_bytes(config, n_tokens))
 
 
 def _ranks(config: XKVConfig, rank_k: int) -> RankPlan:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from xkv.attention import Segment, attend_parts, grouped_scores
-from xkv.ranks import landmark_group_size
+from xkv.attention import Factor, Segment, attend_parts, grouped_scores
+from xkv.codec import Packed, group_size_of, unpacked
 
 if TYPE_CHECKING:
     from xkv.backend import Array, Backend
@@ -81,7 +81,7 @@ def make_landmarks(
     ids = xp.arange(n_chunks, **backend.placement)
     is_outlier = xp.any(outliers[..., None] == ids, axis=-2)
     means = xp.astype(means[..., 0, :], keys.dtype)
-    group_size = landmark_group_size(head_dim)
+    group_size = group_size_of(head_dim)
     if bits == 16 or not group_size:
         return Landmarks((means,), 16, 0, is_outlier, chunk_size), outliers
     arrays = backend.quantize(means, group_size, bits)
@@ -130,9 +130,12 @@ def select_chunks(
     return backend.top_indices(scores, budget // landmarks.chunk_size)
 
 
-def take_rows(backend: Backend, latent: Array, rows: Array) -> Array:
+def take_rows(backend: Backend, latent: Factor, rows: Array) -> Array:
     """Rows of a latent for each KV head: ``[B, L, r]`` -> ``[B, n_kv_heads, S, r]``."""
     xp = backend.xp
+    if isinstance(latent, Packed):
+        # few rows are gathered while they are packed, and only those are widened
+        return latent.map(lambda x: take_rows(backend, x, rows)).unpack(backend)
     batch, n_rows, rank = latent.shape
     if batch > 1:
         first = xp.arange(batch, **backend.placement)[:, None, None] * n_rows
@@ -160,7 +163,8 @@ def reconstruct_chunks(backend: Backend, segment: Segment, chunks: Array, chunk_
     xp = backend.xp
     rows = chunk_rows(backend, chunks, chunk_size)
     taken = take_rows(backend, segment.latent_k, rows)
-    keys = taken @ xp.permute_dims(segment.basis_k, (0, 2, 1, 3))
+    basis = unpacked(backend, segment.basis_k)
+    keys = taken @ xp.permute_dims(basis, (0, 2, 1, 3))
     starts = chunks * chunk_size + segment.start
     rotated, first = keys, 0
     for n_rows, spec in segment.rope_runs:

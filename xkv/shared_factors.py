@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from xkv.bit_plan import Option, band_options, choose, smallest_bytes
+from xkv.codec import BAND, Packed, Part, pack_latent, pack_part, rotate_bands, row_bytes
+from xkv.errors import InputError
 from xkv.factorize import factorize
 
 if TYPE_CHECKING:
@@ -13,6 +18,15 @@ if TYPE_CHECKING:
 ERROR_FLOOR = 0.01
 """A relative error below this is no reason to grow: 16-bit keys are rounded to half of it."""
 
+ENERGY_FLOOR = 1e-6
+"""Rows whose moving share is below this are constant but for rounding."""
+
+GROWTH_BITS = 8
+"""Bits of columns that are added to quantized factors."""
+
+GROWTH_STEP = 32
+"""Such columns come in whole groups of MLX's layout."""
+
 RESIDUAL_GROWTH = 1.1
 """The basis grows when new rows fit it worse than the first ones did by this factor."""
 
@@ -20,17 +34,17 @@ RESIDUAL_GROWTH = 1.1
 class SharedFactors(NamedTuple):
     """What a group of W layers shares. Immutable: growing makes new factors, old ones stay valid.
 
-    The rows of ``latent`` use the first of the basis' R rows, so that a basis which has grown does
+    The rows of ``latent`` use the first parts of the bases, so that a basis which has grown does
     not touch them; the rows of ``recent`` use all of them.
     """
 
-    latent: Array
+    latent: Packed
     """``[B, L, r]`` with r at most R."""
-    bases: tuple[Array, ...]
+    bases: tuple[Packed, ...]
     """One per layer, ``[B, R, n_kv_heads, head_dim]``."""
     error: float
     """Relative error of the first rows' fit."""
-    recent: Array | None = None
+    recent: Packed | None = None
     """``[B, N, R]``: rows folded in later."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedFactors:
@@ -39,35 +53,179 @@ class SharedFactors(NamedTuple):
     @property
     def rank(self) -> int:
         """Rows of the basis."""
-        return self.bases[0].shape[1]
+        return self.bases[0].rank
+
+    @property
+    def has_grown(self) -> bool:
+        """Whether the basis has rows that ``latent`` does not use."""
+        return len(self.bases[0].parts) > len(self.latent.parts)
 
     @property
     def arrays(self) -> list[Array]:
         """The latents, without the bases."""
-        return [self.latent] if self.recent is None else [self.latent, self.recent]
+        return self.latent.arrays + ([] if self.recent is None else self.recent.arrays)
 
-    def basis(self, layer: int) -> Array:
+    @property
+    def nbytes(self) -> int:
+        """Bytes of latents and bases."""
+        bases = sum(basis.nbytes for basis in self.bases)
+        return bases + sum(x.nbytes for x in self.arrays)
+
+    @property
+    def growth_bits(self) -> int:
+        """Of the columns that are added when the basis grows."""
+        return 16 if set(self.latent.bits) == {16} else GROWTH_BITS
+
+    def nbytes_with(self, n_recent: int) -> int:
+        """Bytes of latents and bases once ``recent`` has so many rows, without growth."""
+        latent, bases = self.latent, sum(basis.nbytes for basis in self.bases)
+        added = self.bases[0].rank - latent.rank
+        row = latent.nbytes / latent.shape[1] + added * self._column_bits / 8
+        return bases + latent.nbytes + int(n_recent * row)
+
+    def column_bytes(self, n_recent: int) -> int:
+        """Bytes of one more row of the bases and its column of ``recent``."""
+        width = sum(math.prod(basis.shape[2:]) for basis in self.bases)
+        return int((n_recent + width) * self._column_bits / 8)
+
+    @property
+    def _column_bits(self) -> float:
+        """Bits of a number in a column that is added."""
+        n_bytes = row_bytes(GROWTH_STEP, self.growth_bits, self.latent.item_bytes)
+        return 8 * n_bytes / GROWTH_STEP
+
+    def basis(self, layer: int) -> Packed:
         """The basis of the group's layer number ``layer`` for the rows of ``latent``."""
-        rank = self.latent.shape[-1]
-        basis = self.bases[layer]
-        return basis if rank == basis.shape[1] else basis[:, :rank]
+        return self.bases[layer].first(len(self.latent.parts))
+
+    def parts(self) -> list[tuple[int, int, int]]:
+        """``(columns, bits of the latent, bits of the bases)`` of each run of columns."""
+        latent, basis = self.latent, self.bases[0]
+        return list(zip(latent.widths, latent.bits, basis.bits, strict=False))
+
+
+class Draft(NamedTuple):
+    """A group's keys, or values, factored but not yet stored; see :func:`factor_rows`."""
+
+    latent: Array
+    """``[B, L, r]`` in the KV dtype."""
+    bases: tuple[Array, ...]
+    """One per layer, ``[B, r, n_kv_heads, head_dim]``."""
+    total: float
+    """Sum of the rows' squares."""
+    lost: float
+    """What of it the factors leave out."""
+    moving: float
+    """What of it is not the rows' mean."""
+    weights: tuple[Array, ...] | None = None
+    """One per layer, ``[n_kv_heads, head_dim]``: how much an error there counts."""
+
+    def plain(self) -> SharedFactors:
+        """The factors in the KV dtype."""
+        error = (self.lost / self.total) ** 0.5 if self.total else 0.0
+        return SharedFactors(Packed.plain(self.latent), tuple(map(Packed.plain, self.bases)), error)
+
+    def options(self, backend: Backend, n_needed: int) -> list[list[Option]]:
+        """:func:`xkv.bit_plan.band_options`"""
+        bases: Sequence[Array] = self.bases
+        if self.weights is not None:
+            bases = [basis * w for basis, w in zip(bases, self.weights, strict=True)]
+        return band_options(backend, self.latent, bases, self._unit, n_needed)
+
+    @property
+    def _unit(self) -> float:
+        # constant rows have no energy of their own: what rounding leaves of it stands for it
+        return max(self.moving, ENERGY_FLOOR * self.total) or 1.0
+
+    def pack(self, backend: Backend, chosen: Sequence[Option]) -> SharedFactors:
+        """The factors in the bits that were chosen for each band."""
+        latents: list[Part] = []
+        bases: list[list[Part]] = [[] for _ in self.bases]
+        end = 0
+        for (latent_bits, basis_bits), run in itertools.groupby(chosen, lambda x: x[2:]):
+            start, end = end, end + BAND * len(list(run))
+            if latent_bits:
+                columns = backend.own(self.latent[..., start:end])
+                latents.append(pack_part(backend, columns, latent_bits))
+                for parts, basis in zip(bases, self.bases, strict=True):
+                    parts.append(pack_part(backend, backend.own(basis[:, start:end]), basis_bits))
+        packed = (Packed(tuple(latents), 2), *(Packed(tuple(parts), 1) for parts in bases))
+        backend.evaluate(*(x for each in packed for x in each.arrays))
+        lost = self.lost + self._unit * sum(option.error for option in chosen)
+        error = min(lost / self.total, 1.0) ** 0.5 if self.total else 0.0
+        return SharedFactors(packed[0], packed[1:], error)
 
 
 def factor_rows(
-    backend: Backend, layers: Sequence[Array], rank: int, *, power_iterations: int, seed: int
-) -> SharedFactors:
+    backend: Backend,
+    layers: Sequence[Array],
+    rank: int,
+    dtype: Any,
+    *,
+    weights: Sequence[Array] | None = None,
+    is_rotated: bool = False,
+    power_iterations: int,
+    seed: int,
+) -> Draft:
     """Factor a prompt's rows, see :func:`xkv.factorize.factorize`.
 
     Args:
         layers: One array per layer, ``[B, L, n_kv_heads, head_dim]`` in float32 or wider.
         rank: Columns to keep.
+        dtype: The KV dtype.
+        weights: One per layer, ``[n_kv_heads, head_dim]``, on the columns; None for all alike.
+        is_rotated: Whether bands are spread out for quantization.
+
+    Raises:
+        InputError: If a row is not finite.
     """
+    xp = backend.xp
+    if weights is not None:
+        layers = [layer * w for layer, w in zip(layers, weights, strict=True)]
+    total = sum(_energy(backend, layer) for layer in layers)
+    if not math.isfinite(total):
+        raise InputError(
+            "the cache holds NaN or infinity, which cannot be factored: the model's activations "
+            "overflow; run it with the full cache, or in bfloat16"
+        )
+    means = [xp.mean(layer, axis=1, keepdims=True) for layer in layers]
+    n_rows = layers[0].shape[1]
+    moving = total - n_rows * sum(_energy(backend, mean) for mean in means)
     latent, bases, spectrum = factorize(
         backend, layers, rank, power_iterations=power_iterations, seed=seed
     )
-    total = sum(_energy(backend, layer) for layer in layers)
     lost = max(total - _energy(backend, spectrum), 0.0)
-    return SharedFactors(latent, bases, (lost / total) ** 0.5 if total else 0.0)
+    if is_rotated:
+        latent, bases = rotate_bands(backend, latent, bases)
+    if weights is not None:
+        bases = tuple(basis / w for basis, w in zip(bases, weights, strict=True))
+    latent, *stored = (xp.astype(x, dtype) for x in (latent, *bases))
+    backend.evaluate(latent, *stored)
+    kept = None if weights is None else tuple(weights)
+    return Draft(latent, tuple(stored), total, lost, moving, kept)
+
+
+def pack_together(
+    backend: Backend, drafts: Sequence[Draft], budget_bytes: int, min_rank: int
+) -> list[SharedFactors]:
+    """Store keys and values of a group within one budget, where together they lose least.
+
+    Raises:
+        InputError: If the budget does not hold ``min_rank`` columns of each in the fewest bits.
+    """
+    bands = [draft.options(backend, -(-min_rank // BAND)) for draft in drafts]
+    together = [options for each in bands for options in each]
+    if (needed := smallest_bytes(together)) > budget_bytes:
+        raise InputError(
+            f"{budget_bytes / 1e6:.3f} MB for a group's factors do not hold {min_rank} columns "
+            f"each, which take {needed / 1e6:.3f} MB: ask for less compression, or a lower min_rank"
+        )
+    chosen = choose(together, budget_bytes)
+    packed = []
+    for draft, each in zip(drafts, bands, strict=True):
+        packed.append(draft.pack(backend, chosen[: len(each)]))
+        chosen = chosen[len(each) :]
+    return packed
 
 
 def fold_rows(
@@ -75,7 +233,7 @@ def fold_rows(
     factors: SharedFactors,
     layers: Sequence[Array],
     n_recent: int,
-    max_rank: int,
+    max_growth: int,
     *,
     power_iterations: int,
     seed: int,
@@ -86,7 +244,7 @@ def fold_rows(
         factors: What is there; its rows are kept as they are.
         layers: The new rows of each layer, ``[B, N, n_kv_heads, head_dim]`` in float32 or wider.
         n_recent: Rows of ``factors.recent`` that are still in use.
-        max_rank: The basis may grow to this many rows.
+        max_growth: The basis may grow by this many rows.
     """
     xp = backend.xp
     wide, dtype = layers[0].dtype, factors.latent.dtype
@@ -94,13 +252,15 @@ def fold_rows(
     width = n_kv_heads * head_dim
     parts = [xp.reshape(layer, (batch, n_rows, width)) for layer in layers]
     flat = [
-        xp.reshape(xp.astype(basis, wide), (batch, factors.rank, width)) for basis in factors.bases
+        xp.reshape(xp.astype(basis.unpack(backend), wide), (batch, factors.rank, width))
+        for basis in factors.bases
     ]
     projected = _least_squares(backend, parts, flat)
     rests = [part - projected @ basis for part, basis in zip(parts, flat, strict=True)]
     total, lost = (sum(_energy(backend, x) for x in xs) for xs in (parts, rests))
     allowed = max(factors.error, ERROR_FLOOR) ** 2 * total
-    room = min(max_rank - factors.rank, n_rows, len(layers) * width - factors.rank)
+    bits = factors.growth_bits
+    room = min(max_growth, n_rows, len(layers) * width - factors.rank)
     bases = factors.bases
     if room > 0 and lost > RESIDUAL_GROWTH**2 * allowed:
         shaped = [xp.reshape(rest, layers[0].shape) for rest in rests]
@@ -109,59 +269,108 @@ def fold_rows(
         )
         kept = backend.to_numpy(xp.sum(spectrum**2, axis=0)).cumsum()
         n_more = min(int((lost - kept > allowed).sum()) + 1, room)
-        projected = xp.concat([projected, latent[..., :n_more]], axis=-1)
-        bases = tuple(
-            xp.concat([basis, xp.astype(grown[:, :n_more], dtype)], axis=1)
-            for basis, grown in zip(bases, more, strict=True)
-        )
-    rows = xp.astype(projected, dtype)
+        step = 1 if bits == 16 else GROWTH_STEP
+        n_more = min(-(-n_more // step) * step, room // step * step)
+        if n_more:
+            projected = xp.concat([projected, latent[..., :n_more]], axis=-1)
+            bases = tuple(
+                Packed(
+                    (*basis.parts, pack_part(backend, xp.astype(rows[:, :n_more], dtype), bits)), 1
+                )
+                for basis, rows in zip(bases, more, strict=True)
+            )
+    widths = bases[0].widths
+    row_bits = factors.latent.bits + (bits,) * (len(widths) - len(factors.latent.bits))
+    rows = pack_latent(backend, xp.astype(projected, dtype), widths, row_bits)
     if factors.recent is not None and n_recent:
-        before = _widen(backend, factors.recent[:, :n_recent], rows.shape[-1])
-        rows = xp.concat([before, rows], axis=1)
-    backend.evaluate(rows, *bases)
+        before = factors.recent.rows(0, n_recent)
+        new = widths[len(before.parts) :]
+        if new:
+            zeros = xp.zeros((batch, n_recent, sum(new)), dtype=dtype, **backend.placement)
+            added = pack_latent(backend, zeros, new, (bits,) * len(new))
+            before = Packed((*before.parts, *added.parts), 2)
+        rows = before.followed_by(backend, rows)
+    backend.evaluate(*rows.arrays, *(x for basis in bases for x in basis.arrays))
     return factors._replace(bases=bases, recent=rows)
 
 
 def merge_rows(
-    backend: Backend, factors: SharedFactors, n_segment: int, n_recent: int, n_moved: int, rank: int
+    backend: Backend, factors: SharedFactors, n_segment: int, n_recent: int, n_moved: int
 ) -> SharedFactors:
     """Move rows from ``recent`` to the end of ``latent``, at one common rank.
 
-    The stacked latents are turned onto their leading directions, as in an incremental SVD.
+    Where the basis has grown, the stacked latents are turned onto their leading directions, as in
+    an incremental SVD, and packed again into as many bytes as they take.
 
     Args:
         n_segment: Rows of ``latent`` in use.
         n_recent: Rows of ``recent`` in use.
         n_moved: The first ``n_moved`` of them are moved.
-        rank: Columns to keep where the basis has grown.
     """
-    xp, old, recent = backend.xp, factors.latent[:, :n_segment], factors.recent
+    old, recent = factors.latent.rows(0, n_segment), factors.recent
     assert recent is not None
-    moved, left = recent[:, :n_moved], recent[:, n_moved:n_recent]
-    bases = factors.bases
-    rank = min(max(rank, old.shape[-1]), factors.rank)
-    if old.shape[-1] == factors.rank:
-        latent = xp.concat([old, moved], axis=1)
+    moved, left = recent.rows(0, n_moved), recent.rows(n_moved, n_recent)
+    if not factors.has_grown:
+        latent = old.followed_by(backend, moved)
+        kept = left.own(backend) if left.shape[1] else None
+        backend.evaluate(*latent.arrays, *([] if kept is None else kept.arrays))
+        return factors._replace(latent=latent, recent=kept)
+    return _turn(backend, factors, old, moved, left)
+
+
+def _turn(
+    backend: Backend,
+    factors: SharedFactors,
+    old: Packed,
+    moved: Packed,
+    left: Packed,
+) -> SharedFactors:
+    """:func:`merge_rows` where the basis has grown."""
+    xp, dtype = backend.xp, factors.latent.dtype
+    rows = [x.unpack(backend) for x in (old, moved, left)]
+    wide = backend.accumulate_dtype(rows[0])
+    upper, lower, rest = (xp.astype(_widen(backend, x, factors.rank), wide) for x in rows)
+    gram = xp.matrix_transpose(upper) @ upper + xp.matrix_transpose(lower) @ lower
+    _, turn = backend.eigh(gram)
+    is_plain = factors.growth_bits == 16
+    rank = factors.rank
+    if is_plain:
+        # as many columns for all rows as take the bytes that the factors have now
+        n_rows = sum(x.shape[1] for x in rows)
+        width = sum(math.prod(basis.shape[2:]) for basis in factors.bases)
+        fitting = factors.nbytes // (
+            factors.latent.item_bytes * rows[0].shape[0] * (n_rows + width)
+        )
+        rank = min(max(fitting, old.rank), rank)
+    order = xp.arange(factors.rank - 1, factors.rank - 1 - rank, -1, **backend.placement)
+    turn = xp.take(turn, order, axis=-1)
+    latent = xp.concat([x @ turn for x in (upper, lower, rest)], axis=1)
+    bases = tuple(
+        _turn_basis(backend, xp.astype(basis.unpack(backend), wide), turn)
+        for basis in factors.bases
+    )
+    if not is_plain:
+        latent, bases = rotate_bands(backend, latent, bases)
+    latent, bases = xp.astype(latent, dtype), tuple(xp.astype(x, dtype) for x in bases)
+    backend.evaluate(latent, *bases)
+    total = _energy(backend, xp.astype(latent, wide))
+    draft = Draft(latent, bases, total, factors.error**2 * total, total)
+    if is_plain:
+        merged = draft.plain()
     else:
-        wide = backend.accumulate_dtype(old)
-        upper, lower = (xp.astype(_widen(backend, x, factors.rank), wide) for x in (old, moved))
-        gram = xp.matrix_transpose(upper) @ upper + xp.matrix_transpose(lower) @ lower
-        _, turn = backend.eigh(gram)
-        order = xp.arange(factors.rank - 1, factors.rank - 1 - rank, -1, **backend.placement)
-        turn = xp.take(turn, order, axis=-1)
-        latent = xp.astype(xp.concat([upper @ turn, lower @ turn], axis=1), old.dtype)
-        left = xp.astype(xp.astype(left, wide) @ turn, old.dtype)
-        bases = tuple(_turn_basis(backend, basis, turn) for basis in bases)
-    kept = backend.own(left) if left.shape[1] else None
-    backend.evaluate(latent, *bases, *([] if kept is None else [kept]))
-    return SharedFactors(latent, bases, factors.error, kept)
+        merged = draft.pack(backend, choose(draft.options(backend, 1), factors.nbytes))
+    n_rows = old.shape[1] + moved.shape[1]
+    recent = merged.latent.rows(n_rows, latent.shape[1]).own(backend)
+    latent = merged.latent.rows(0, n_rows).own(backend)
+    backend.evaluate(*latent.arrays, *recent.arrays)
+    return merged._replace(latent=latent, recent=recent if recent.shape[1] else None)
 
 
 def _turn_basis(backend: Backend, basis: Array, turn: Array) -> Array:
     xp = backend.xp
     batch, rank, n_kv_heads, head_dim = basis.shape
-    flat = xp.astype(xp.reshape(basis, (batch, rank, n_kv_heads * head_dim)), turn.dtype)
-    turned = xp.astype(xp.matrix_transpose(turn) @ flat, basis.dtype)
+    flat = xp.reshape(basis, (batch, rank, n_kv_heads * head_dim))
+    turned = xp.matrix_transpose(turn) @ flat
     return xp.reshape(turned, (batch, -1, n_kv_heads, head_dim))
 
 
@@ -173,7 +382,8 @@ def _least_squares(backend: Backend, parts: Sequence[Array], bases: Sequence[Arr
     )
     gram = sum(basis @ xp.matrix_transpose(basis) for basis in bases)
     eye = xp.eye(gram.shape[-1], dtype=gram.dtype, **backend.placement)
-    shift = 4 * float(xp.finfo(gram.dtype).eps)
+    mean_diagonal = float(xp.sum(gram * eye)) / (gram.shape[0] * gram.shape[-1])
+    shift = 4 * float(xp.finfo(gram.dtype).eps) * mean_diagonal
     while (factor := backend.cholesky(gram + shift * eye)) is None:
         shift *= 10
     inverse = backend.solve_triangular(factor, eye)

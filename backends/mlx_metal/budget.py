@@ -21,7 +21,7 @@ from xkv.backends.mlx_metal.enable import Enabled, lowrank_cache
 from xkv.backends.mlx_metal.memory import cache_text, dense_bytes
 from xkv.footprint import factoring_bytes
 from xkv.lowrank_cache import WAIT_SHARE
-from xkv.ranks import GroupShape, RankPlan, buffer_rows, plan_ranks
+from xkv.ranks import buffer_rows, plan_ranks
 
 
 @dataclass(frozen=True)
@@ -58,22 +58,23 @@ class RequestBytes:
         work = 3 * n_prompt * hidden * shape.item_bytes
         if isinstance(ranks, str):
             return cls(dense, work)
-        work += n_prompt * max(_factoring_bytes(group, ranks, n_prompt) for group in shape.groups)
+        most = 0
+        for index, group in enumerate(shape.groups):
+            columns = ranks.for_group(shape, config, index, n_prompt)
+            # the keys' latent waits for the values' spectrum
+            waiting = n_prompt * columns[0] * shape.item_bytes if config.chooses_bits else 0
+            factoring = max(
+                factoring_bytes(n_prompt, group.n_layers, width, rank)
+                for width, rank in zip((group.key_width, group.value_width), columns, strict=True)
+            )
+            most = max(most, factoring + waiting)
+        work += most
         if not is_layerwise:
             return cls(dense, work)
         tail = shape.dense_bytes(min(n_answer, config.max_tail))
         group = max(x.n_layers * x.row_elements for x in shape.groups) * shape.item_bytes
         held = ranks.held_bytes(shape, config, n_tokens)
         return cls(min(dense, held + max(tail, group * buffer_rows(n_prompt))), work)
-
-
-def _factoring_bytes(group: GroupShape, ranks: RankPlan, n_tokens: int) -> int:
-    """Workspace for one token of a group that is factored."""
-    widths = (group.key_width, group.value_width)
-    return max(
-        factoring_bytes(group.n_layers, width, rank)
-        for width, rank in zip(widths, ranks.for_group(group, n_tokens), strict=True)
-    )
 
 
 def memory_limit() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import uuid
 import weakref
@@ -13,20 +14,23 @@ import numpy as np
 
 from xkv.attention import RopeRun
 from xkv.backends.mlx_metal.backend import MLXBackend
+from xkv.codec import Packed, Part
 from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.layer_cache import LayerCache
 from xkv.lowrank_cache import LowRankCache
-from xkv.ranks import CacheShape, GroupShape, RankPlan
+from xkv.ranks import BitPlan, CacheShape, GroupShape, RankPlan
 from xkv.rope import DynamicNTKRope, Rope, RopeSpec
 from xkv.selection import Landmarks
 from xkv.shared_factors import SharedFactors
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout below."""
 
 _BEGUN: weakref.WeakValueDictionary[str, LowRankCache] = weakref.WeakValueDictionary()
 """Caches that are being read: mlx-lm makes the layers of a file one by one."""
+
+_PLANS: dict[str, Any] = {plan.__name__: plan for plan in (RankPlan, BitPlan)}
 
 _ROPES = {"fixed": RopeSpec, "dynamic": DynamicNTKRope}
 
@@ -36,17 +40,20 @@ def write_layer(layer: LayerCache, rope: Rope | None) -> list[mx.array]:
     group = layer.group
     cache = group.cache
     arrays: dict[str, mx.array] = {}
+    matrices: dict[str, list[list[int]]] = {}
     for name in ("keys", "values"):
         buffer, factors = getattr(layer, name), getattr(group, name)
         if buffer.allocated is not None:
             arrays[name] = buffer.allocated
         if factors is None:
             continue
-        arrays[f"{name}.basis"] = factors.bases[layer.index]
+        stored = {"basis": factors.bases[layer.index]}
         if layer.index == 0:
-            arrays[f"{name}.latent"] = factors.latent
-            if factors.recent is not None:
-                arrays[f"{name}.recent"] = factors.recent
+            stored |= {"latent": factors.latent, "recent": factors.recent}
+        for kind, matrix in stored.items():
+            if matrix is not None:
+                matrices[f"{name}.{kind}"] = [[x.bits, x.group_size] for x in matrix.parts]
+                arrays.update((f"{name}.{kind}.{i}", x) for i, x in enumerate(matrix.arrays))
     landmarks = layer.landmarks
     if landmarks is not None:
         arrays.update((f"landmarks.{i}", x) for i, x in enumerate(landmarks.held))
@@ -57,7 +64,7 @@ def write_layer(layer: LayerCache, rope: Rope | None) -> list[mx.array]:
         "config": asdict(cache.config),
         "shape": asdict(cache._shape) if cache._shape is not None else None,
         "fingerprint": cache.fingerprint,
-        "ranks": cache.ranks and asdict(cache.ranks),
+        "plan": cache.ranks and [type(cache.ranks).__name__, asdict(cache.ranks)],
         "layer": [cache.groups.index(group), layer.index],
         "start": group.start,
         "errors": [factors.error if factors else None for factors in (group.keys, group.values)],
@@ -68,6 +75,7 @@ def write_layer(layer: LayerCache, rope: Rope | None) -> list[mx.array]:
         "n_recent": layer.n_recent,
         "n_outlier_rows": layer.n_outlier_rows,
         "landmarks": landmarks and [landmarks.bits, landmarks.group_size, landmarks.chunk_size],
+        "matrices": matrices,
         "arrays": list(arrays),
     }
     text = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
@@ -116,7 +124,9 @@ def _read_cache(about: dict[str, Any]) -> LowRankCache:
     cache = LowRankCache(MLXBackend(), XKVConfig(**config), about["groups"], shape=shape)
     cache.uid = uuid.uuid4().hex
     cache.fingerprint = about["fingerprint"]
-    cache.ranks = about["ranks"] and RankPlan(**about["ranks"])
+    if about["plan"] is not None:
+        kind, fields = about["plan"]
+        cache.ranks = _PLANS[kind](**fields)
     return cache
 
 
@@ -125,14 +135,15 @@ def _fill(layer: LayerCache, about: dict[str, Any], arrays: dict[str, mx.array])
     for name, n_rows, error in zip(("keys", "values"), about["rows"], about["errors"], strict=True):
         buffer = getattr(layer, name)
         buffer.allocated, buffer.n_rows = arrays.get(name), n_rows
-        if f"{name}.basis" not in arrays:
+        basis = _matrix(about, arrays, f"{name}.basis")
+        if basis is None:
             continue
-        basis = arrays[f"{name}.basis"]
         factors = getattr(group, name)
         if layer.index == 0:
-            factors = SharedFactors(
-                arrays[f"{name}.latent"], (), error, arrays.get(f"{name}.recent")
-            )
+            latent, recent = (_matrix(about, arrays, f"{name}.{x}") for x in ("latent", "recent"))
+            if latent is None:
+                raise InputError(f"the prompt cache is incomplete: it has no latent of the {name}")
+            factors = SharedFactors(latent, (), error, recent)
         elif factors is None or len(factors.bases) != layer.index:
             raise InputError("the prompt cache's layers are out of order or incomplete")
         setattr(group, name, factors._replace(bases=(*factors.bases, basis)))
@@ -144,6 +155,18 @@ def _fill(layer: LayerCache, about: dict[str, Any], arrays: dict[str, mx.array])
         bits, group_size, chunk_size = about["landmarks"]
         held = [x for name, x in arrays.items() if name.startswith("landmarks.")]
         layer.landmarks = Landmarks(tuple(held[:-1]), bits, group_size, held[-1], chunk_size)
+
+
+def _matrix(about: dict[str, Any], arrays: dict[str, mx.array], name: str) -> Packed | None:
+    """A latent or a basis of several parts, None where there is none."""
+    if name not in about["matrices"]:
+        return None
+    held = iter([x for key, x in arrays.items() if key.startswith(f"{name}.")])
+    parts = [
+        Part(tuple(itertools.islice(held, 1 if bits == 16 else 3)), bits, group_size)
+        for bits, group_size in about["matrices"][name]
+    ]
+    return Packed(tuple(parts), 1 if name.endswith(".basis") else 2)
 
 
 def _write_rope(rope: Rope | None) -> dict[str, Any] | None:

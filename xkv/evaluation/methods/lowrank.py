@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from xkv.config import XKVConfig
+from xkv.engine import describe_factors
 from xkv.errors import InputError
 from xkv.evaluation.methods.method import Compressed, Conversation, Document, Method
 from xkv.evaluation.prefix import Prefix
@@ -59,7 +60,7 @@ class LowRank(Method):
         held = cache.held_bytes()
         left = [i for i in range(len(document.keys)) if i not in cache.layers]
         held += sum(document.keys[i].nbytes + document.values[i].nbytes for i in left)
-        detail = str(cache.ranks)
+        detail = describe_factors(cache)
         _widen(cache, document)
 
         @functools.cache
@@ -79,13 +80,16 @@ class LowRank(Method):
             ]
 
             def bytes_now() -> tuple[int, int]:
-                # the widened cache holds the same numbers in more bytes
+                # the widened cache holds the same numbers in more bytes, and codes in as many
                 wide = document.widen(document.keys[0]).nbytes / document.keys[0].nbytes
+                arrays = [x for layer in mine.layers.values() for x in layer.arrays()]
+                arrays += [x for group in mine.groups for x in group.arrays()]
+                held = sum(x.nbytes / (wide if x.dtype == document.dtype else 1) for x in arrays)
                 n_tokens = layers[0].offset
                 alone = sum(document.keys[i].nbytes + document.values[i].nbytes for i in left) * (
                     n_tokens / document.n_tokens
                 )
-                return n_tokens * document.row_bytes, round(mine.held_bytes() / wide + alone)
+                return n_tokens * document.row_bytes, round(held + alone)
 
             return Conversation(layers, bytes_now)
 
@@ -147,10 +151,11 @@ def _widen(cache: LowRankCache, document: Document) -> None:
         for name in ("keys", "values"):
             factors = getattr(group, name)
             if factors is not None:
-                wide = factors._replace(
-                    latent=document.widen(factors.latent),
-                    bases=tuple(map(document.widen, factors.bases)),
+                latent, *bases = (
+                    matrix.astype(document.backend, document.dtype)
+                    for matrix in (factors.latent, *factors.bases)
                 )
+                wide = factors._replace(latent=latent, bases=tuple(bases))
                 setattr(group, name, wide)
         for layer in group.layers:
             for buffer in (layer.keys, layer.values):

@@ -1,0 +1,267 @@
+"""Latents and bases in few bits: parts of neighbouring columns, each in MLX's affine layout."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from xkv.backend import Array, Backend
+
+BAND = 64
+"""Columns that share a number of bits, and in each row a scale and a bias."""
+
+BITS = (2, 3, 4, 5, 6, 8, 16)
+"""What a band can be stored in; 16 stands for the KV dtype itself."""
+
+
+def group_size_of(width: int) -> int:
+    """Numbers that share a scale in rows of ``width``; 0 where MLX's layout cannot hold them."""
+    return next((size for size in (64, 32) if width % size == 0), 0)
+
+
+def row_bytes(width: int, bits: int, item_bytes: int) -> int:
+    """Bytes of ``width`` numbers that are quantized together."""
+    if bits == 16:
+        return width * item_bytes
+    return width * bits // 8 + width // group_size_of(width) * 2 * item_bytes
+
+
+class Part(NamedTuple):
+    """A matrix in one number of bits, quantized along its last axis."""
+
+    arrays: tuple[Array, ...]
+    """The matrix alone at 16 bits, otherwise words, scales and biases."""
+    bits: int
+    group_size: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if self.bits == 16:
+            return tuple(self.arrays[0].shape)
+        *rest, n_groups = self.arrays[1].shape
+        return (*rest, n_groups * self.group_size)
+
+    def unpack(self, backend: Backend) -> Array:
+        if self.bits == 16:
+            return self.arrays[0]
+        return backend.dequantize(self.arrays, self.group_size, self.bits)
+
+    def map(self, function: Any) -> Part:
+        """The part with each of its arrays changed along the axes before the last."""
+        return self._replace(arrays=tuple(function(x) for x in self.arrays))
+
+
+def pack_part(backend: Backend, x: Array, bits: int) -> Part:
+    """A matrix ``[..., D]`` in ``bits`` bits; 16 leaves it as it is."""
+    if bits == 16:
+        return Part((x,), 16, 0)
+    group_size = group_size_of(x.shape[-1])
+    return Part(backend.quantize(x, group_size, bits), bits, group_size)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A latent or a basis, rank by rank in the bits that its singular values deserve. Immutable.
+
+    Args:
+        parts: Of a latent ``[B, L, r]`` neighbouring columns, of a basis ``[B, r, n_kv_heads,
+            dim]`` neighbouring rows, in order.
+        axis: 2 for a latent, 1 for a basis.
+    """
+
+    parts: tuple[Part, ...]
+    axis: int
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Packed:
+        return self
+
+    @classmethod
+    def plain(cls, x: Array) -> Packed:
+        """An array in its own dtype: a latent of three axes, a basis of four."""
+        return cls((Part((x,), 16, 0),), 2 if len(x.shape) == 3 else 1)
+
+    @property
+    def array(self) -> Array | None:
+        """The matrix, where it is one array in its own dtype."""
+        return self.parts[0].arrays[0] if self.bits == (16,) else None
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """Of each part."""
+        return tuple(part.bits for part in self.parts)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Ranks of each part."""
+        return tuple(part.shape[self.axis] for part in self.parts)
+
+    @property
+    def rank(self) -> int:
+        return sum(self.widths)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first = self.parts[0].shape
+        return (*first[: self.axis], self.rank, *first[self.axis + 1 :])
+
+    @property
+    def dtype(self) -> Any:
+        """Of the matrix."""
+        return self._in_dtype.dtype
+
+    @property
+    def item_bytes(self) -> int:
+        """Of a number in the matrix' dtype."""
+        return self._in_dtype.itemsize
+
+    @property
+    def _in_dtype(self) -> Array:
+        """An array in the matrix' dtype: the first part itself, or its scales."""
+        return self.parts[0].arrays[0 if self.parts[0].bits == 16 else 1]
+
+    @property
+    def arrays(self) -> list[Array]:
+        return [x for part in self.parts for x in part.arrays]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in self.arrays)
+
+    def unpack(self, backend: Backend) -> Array:
+        """The matrix as one array."""
+        parts = [part.unpack(backend) for part in self.parts]
+        # a latent's columns are its last axis, also where its rows were gathered by head
+        axis = -1 if self.axis == 2 else self.axis
+        return parts[0] if len(parts) == 1 else backend.xp.concat(parts, axis=axis)
+
+    def map(self, function: Any) -> Packed:
+        """The matrix with each array changed along axes that no part is cut or quantized along."""
+        return Packed(tuple(part.map(function) for part in self.parts), self.axis)
+
+    def astype(self, backend: Backend, dtype: Any) -> Packed:
+        """The same codes with numbers, scales and biases in another dtype."""
+        parts = tuple(
+            part._replace(
+                arrays=(
+                    *part.arrays[: part.bits != 16],
+                    *(backend.xp.astype(x, dtype) for x in part.arrays[part.bits != 16 :]),
+                )
+            )
+            for part in self.parts
+        )
+        return Packed(parts, self.axis)
+
+    def first(self, n_parts: int) -> Packed:
+        """The first parts only."""
+        return self if n_parts == len(self.parts) else Packed(self.parts[:n_parts], self.axis)
+
+    def rows(self, start: int, end: int) -> Packed:
+        """Tokens ``start`` to ``end`` of a latent."""
+        if start == 0 and end == self.shape[1]:
+            return self
+        return self.map(lambda x: x[:, start:end])
+
+    def own(self, backend: Backend) -> Packed:
+        """A copy that shares no memory."""
+        return self.map(backend.own)
+
+    def followed_by(self, backend: Backend, other: Packed) -> Packed:
+        """A latent's tokens, then those of another with the same bits."""
+        parts = tuple(
+            mine._replace(
+                arrays=tuple(
+                    backend.xp.concat([x, y], axis=1)
+                    for x, y in zip(mine.arrays, more.arrays, strict=True)
+                )
+            )
+            for mine, more in zip(self.parts, other.parts, strict=True)
+        )
+        return Packed(parts, self.axis)
+
+    def weighted_sum(self, backend: Backend, weights: Array) -> Array:
+        """``weights @ latent``: ``[B, M, L]`` -> ``[B, M, r]``."""
+        products = [
+            weights @ part.arrays[0]
+            if part.bits == 16
+            else backend.quantized_matmul(
+                weights, part.arrays, part.group_size, part.bits, transpose=False
+            )
+            for part in self.parts
+        ]
+        return products[0] if len(products) == 1 else backend.xp.concat(products, axis=-1)
+
+
+def unpacked(backend: Backend, x: Array | Packed) -> Array:
+    """A latent or a basis as one array, for this step only."""
+    return x.unpack(backend) if isinstance(x, Packed) else x
+
+
+def pack_latent(backend: Backend, x: Array, widths: Sequence[int], bits: Sequence[int]) -> Packed:
+    """A latent ``[B, L, r]`` in parts of some columns each."""
+    ends = np.cumsum(widths).tolist()
+    parts = [
+        pack_part(backend, x[..., end - width : end], n_bits)
+        for end, width, n_bits in zip(ends, widths, bits, strict=True)
+    ]
+    return Packed(tuple(parts), 2)
+
+
+def pack_basis(backend: Backend, x: Array, widths: Sequence[int], bits: Sequence[int]) -> Packed:
+    """A basis ``[B, r, n_kv_heads, dim]`` in parts of some rows each."""
+    ends = np.cumsum(widths).tolist()
+    parts = [
+        pack_part(backend, x[:, end - width : end], n_bits)
+        for end, width, n_bits in zip(ends, widths, bits, strict=True)
+    ]
+    return Packed(tuple(parts), 1)
+
+
+@functools.cache
+def _hadamard(size: int) -> np.ndarray:
+    """Sylvester's orthogonal matrix of a power of two."""
+    if size == 1:
+        return np.ones((1, 1), dtype=np.float32)
+    half = _hadamard(size // 2)
+    return np.block([[half, half], [half, -half]]) / np.float32(2**0.5)
+
+
+def pad_to_bands(backend: Backend, x: Array, axis: int) -> Array:
+    """Zeros behind the last column (or row) up to a whole number of bands."""
+    missing = -x.shape[axis] % BAND
+    if not missing:
+        return x
+    xp = backend.xp
+    shape = [missing if i == axis % len(x.shape) else n for i, n in enumerate(x.shape)]
+    return xp.concat([x, xp.zeros(shape, dtype=x.dtype, **backend.placement)], axis=axis)
+
+
+def rotate_bands(
+    backend: Backend, latent: Array, bases: Sequence[Array]
+) -> tuple[Array, tuple[Array, ...]]:
+    """Spread each band's columns evenly, which leaves the products as they are.
+
+    A row's scale in a band is set by its largest number, so that a few strong columns cost all
+    others their precision; a Hadamard matrix makes them alike.
+
+    Args:
+        latent: ``[B, L, r]`` in float32 or wider; r is filled up with zeros to whole bands.
+        bases: One a layer, ``[B, r, n_kv_heads, dim]``.
+
+    Source: QuaRot, arXiv:2404.00456, for weights and activations.
+    """
+    xp = backend.xp
+    turn = xp.astype(backend.from_numpy(_hadamard(BAND)), latent.dtype)
+    latent = pad_to_bands(backend, latent, -1)
+    batch, n_rows, rank = latent.shape
+    turned = xp.reshape(xp.reshape(latent, (batch, n_rows, -1, BAND)) @ turn, latent.shape)
+    rotated = []
+    for basis in bases:
+        basis = pad_to_bands(backend, basis, 1)
+        flat = xp.reshape(basis, (batch, rank // BAND, BAND, -1))
+        rotated.append(xp.reshape(turn.T @ flat, basis.shape))
+    return turned, tuple(rotated)
