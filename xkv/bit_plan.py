@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from xkv.backend import Array, Backend
 
 SAMPLE_ROWS = 1024
-"""Tokens, at least, on which the error of each number of bits is measured."""
+"""Tokens, at most, on which the error of each number of bits is measured."""
 
 
 class Option(NamedTuple):
@@ -43,7 +43,7 @@ def band_options(
     """
     xp = backend.xp
     batch, n_rows, _ = latent.shape
-    step = max(1, n_rows // SAMPLE_ROWS)
+    step = -(-n_rows // SAMPLE_ROWS)
     sample = latent[:, ::step]
     scale = n_rows / sample.shape[1]
     wide = xp.astype(sample, backend.accumulate_dtype(latent))
@@ -97,6 +97,7 @@ def _errors(
             wide = backend.accumulate_dtype(matrix)
             packed = pack_part(backend, matrix, bits).unpack(backend)
             total = total + summed((xp.astype(packed, wide) - xp.astype(matrix, wide)) ** 2)
+            backend.evaluate(total)
         n_bands = matrices[0].shape[-1 if len(matrices[0].shape) == 3 else 1] // BAND
         found.append([0.0] * n_bands if bits == 16 else _by_band(backend, total))
     return found

@@ -230,7 +230,7 @@ def _hadamard(size: int) -> np.ndarray:
     return np.block([[half, half], [half, -half]]) / np.float32(2**0.5)
 
 
-def pad_to_bands(backend: Backend, x: Array, axis: int) -> Array:
+def _pad_to_bands(backend: Backend, x: Array, axis: int) -> Array:
     """Zeros behind the last column (or row) up to a whole number of bands."""
     missing = -x.shape[axis] % BAND
     if not missing:
@@ -241,7 +241,7 @@ def pad_to_bands(backend: Backend, x: Array, axis: int) -> Array:
 
 
 def rotate_bands(
-    backend: Backend, latent: Array, bases: Sequence[Array]
+    backend: Backend, latent: Array, bases: Sequence[Array], dtype: Any
 ) -> tuple[Array, tuple[Array, ...]]:
     """Spread each band's columns evenly, which leaves the products as they are.
 
@@ -251,17 +251,23 @@ def rotate_bands(
     Args:
         latent: ``[B, L, r]`` in float32 or wider; r is filled up with zeros to whole bands.
         bases: One a layer, ``[B, r, n_kv_heads, dim]``.
+        dtype: Of what is returned.
 
     Source: QuaRot, arXiv:2404.00456, for weights and activations.
     """
     xp = backend.xp
     turn = xp.astype(backend.from_numpy(_hadamard(BAND)), latent.dtype)
-    latent = pad_to_bands(backend, latent, -1)
-    batch, n_rows, rank = latent.shape
-    turned = xp.reshape(xp.reshape(latent, (batch, n_rows, -1, BAND)) @ turn, latent.shape)
+    latent = _pad_to_bands(backend, latent, -1)
+    rank = latent.shape[-1]
+    bands = []
+    for start in range(0, rank, BAND):
+        # one at a time: they are as long as the prompt
+        bands.append(xp.astype(latent[..., start : start + BAND] @ turn, dtype))
+        backend.evaluate(bands[-1])
     rotated = []
     for basis in bases:
-        basis = pad_to_bands(backend, basis, 1)
-        flat = xp.reshape(basis, (batch, rank // BAND, BAND, -1))
-        rotated.append(xp.reshape(turn.T @ flat, basis.shape))
-    return turned, tuple(rotated)
+        basis = _pad_to_bands(backend, basis, 1)
+        flat = xp.reshape(basis, (basis.shape[0], rank // BAND, BAND, -1))
+        turned = xp.matrix_transpose(turn) @ flat
+        rotated.append(xp.astype(xp.reshape(turned, basis.shape), dtype))
+    return xp.concat(bands, axis=-1), tuple(rotated)

@@ -88,9 +88,9 @@ def factorize(
     turn = xp.take(turn, order, axis=-1)
     spectrum = xp.sqrt(xp.clip(xp.take(eigenvalues, order, axis=-1), 0, None))
     right = right @ turn
-    latent = xp.astype(
-        rows.times(right) if projected is None else projected @ turn, layers[0].dtype
-    )
+    latent = rows.times(right) if projected is None else projected @ turn
+    latent = xp.astype(latent, layers[0].dtype)
+    backend.evaluate(latent, right)
     basis = xp.astype(xp.matrix_transpose(right), layers[0].dtype)
     bases = tuple(
         backend.own(
@@ -111,7 +111,7 @@ def iteration_columns(rank: int, width: int) -> int:
 
 def uses_gram(n_columns: int, width: int) -> bool:
     """Whether multiplying by the joint Gram matrix costs less than by the rows and back."""
-    return width // GRAM_SHARE < n_columns < width
+    return n_columns == width or n_columns > width // GRAM_SHARE
 
 
 class _Rows:
@@ -159,13 +159,13 @@ def _leading_directions(
     """Orthonormal columns ``[..., width, n_columns]`` near the leading right singular vectors."""
     backend, xp = rows.backend, rows.backend.xp
     batch, dtype = rows.parts[0].shape[:-2], rows.parts[0].dtype
+    if uses_gram(n_columns, width):
+        rows.make_gram()
     if n_columns == width:
         eye = xp.eye(width, dtype=dtype, **backend.placement)
         return xp.broadcast_to(eye, (*batch, width, width))
     start = xp.astype(backend.normal((width, n_columns), seed), dtype)
     right = xp.broadcast_to(start, (*batch, width, n_columns))
-    if uses_gram(n_columns, width):
-        rows.make_gram()
     for _ in range(power_iterations + 1):
         if rows.gram is None:
             right = rows.transposed_times(_orthonormalize(backend, rows.times(right)))

@@ -35,7 +35,7 @@ EXTRA_PRODUCTS = 2
 """float32 ``[n, columns]`` arrays of the factorization besides the first (measured)."""
 GRAM_PRODUCTS = 2
 """float32 ``[n, rank]`` arrays of the factorization by the Gram matrix (measured)."""
-GRAM_COPIES = 4
+GRAM_COPIES = 9
 """float32 matrices of the joint width in it (measured)."""
 
 

@@ -171,7 +171,7 @@ class BitPlan:
     ) -> tuple[int, int]:
         """Columns of keys and of values of group number ``index`` that are looked at.
 
-        More than the budget holds at ``PLANNED_BITS``, were it shared evenly, are hardly kept.
+        One band more than the budget holds at ``PLANNED_BITS``, were it shared evenly.
         """
         group = shape.groups[index]
         budget = self.factor_bytes(shape, config, index, n_rows)
@@ -181,8 +181,7 @@ class BitPlan:
 
         def columns(width: int) -> int:
             fitting = max(int(8 * share / bits / (n_rows + width)), config.min_rank)
-            fitting = min(fitting, config.max_rank or fitting)
-            return min(-(-fitting // BAND) * BAND, width, n_rows)
+            return min((-(-fitting // BAND) + 1) * BAND, config.max_rank or width, width, n_rows)
 
         return columns(widths[0]), columns(widths[1])
 

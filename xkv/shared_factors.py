@@ -195,14 +195,15 @@ def factor_rows(
         backend, layers, rank, power_iterations=power_iterations, seed=seed
     )
     lost = max(total - _energy(backend, spectrum), 0.0)
-    if is_rotated:
-        latent, bases = rotate_bands(backend, latent, bases)
     if weights is not None:
         bases = tuple(basis / w for basis, w in zip(bases, weights, strict=True))
-    latent, *stored = (xp.astype(x, dtype) for x in (latent, *bases))
-    backend.evaluate(latent, *stored)
+    if is_rotated:
+        latent, bases = rotate_bands(backend, latent, bases, dtype)
+    else:
+        latent, bases = xp.astype(latent, dtype), tuple(xp.astype(x, dtype) for x in bases)
+    backend.evaluate(latent, *bases)
     kept = None if weights is None else tuple(weights)
-    return Draft(latent, tuple(stored), total, lost, moving, kept)
+    return Draft(latent, bases, total, lost, moving, kept)
 
 
 def pack_together(
@@ -349,9 +350,10 @@ def _turn(
         _turn_basis(backend, xp.astype(basis.unpack(backend), wide), turn)
         for basis in factors.bases
     )
-    if not is_plain:
-        latent, bases = rotate_bands(backend, latent, bases)
-    latent, bases = xp.astype(latent, dtype), tuple(xp.astype(x, dtype) for x in bases)
+    if is_plain:
+        latent, bases = xp.astype(latent, dtype), tuple(xp.astype(x, dtype) for x in bases)
+    else:
+        latent, bases = rotate_bands(backend, latent, bases, dtype)
     backend.evaluate(latent, *bases)
     total = _energy(backend, xp.astype(latent, wide))
     draft = Draft(latent, bases, total, factors.error**2 * total, total)
