@@ -24,6 +24,15 @@ MIN_WINDOW, MAX_WINDOW = 16, 128
 """Limits of ``window=None``."""
 
 
+ROW_STEP = 16
+"""Dense buffers grow by a multiple of this many rows."""
+
+
+def buffer_rows(n_rows: int) -> int:
+    """Rows allocated for ``n_rows`` dense ones: a sixteenth more, so that growing stays cheap."""
+    return -(-(n_rows + n_rows // 16) // ROW_STEP) * ROW_STEP
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the rows of a prompt are divided.
@@ -166,8 +175,14 @@ class XKVConfig:
             return self.window
         if self.compression is None:
             return MAX_WINDOW
-        affordable = int(n_tokens / self.compression / 4) - self.sinks
-        return min(max(affordable, MIN_WINDOW), MAX_WINDOW)
+        affordable = int(n_tokens / self.compression / 4)
+        fitting = [
+            window
+            for window in range(MIN_WINDOW, MAX_WINDOW + 1)
+            # the buffers hold one token more before they grow
+            if buffer_rows(self.sinks + window + 1) <= affordable
+        ]
+        return fitting[-1] if fitting else MIN_WINDOW
 
     def layout(self, n_tokens: int) -> Layout:
         """Which of a prompt's rows are compressed, and whether decode selects among them."""

@@ -20,10 +20,10 @@ import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from xkv.config import AUTO_BUDGETS, MAX_WINDOW, XKVConfig
+from xkv.config import AUTO_BUDGETS, MAX_WINDOW, XKVConfig, buffer_rows
 from xkv.factorize import iteration_columns, uses_gram
 from xkv.lowrank_cache import WAIT_SHARE
-from xkv.ranks import CacheShape, GroupShape, Plan, buffer_rows, plan_ranks
+from xkv.ranks import CacheShape, GroupShape, Plan, plan_ranks
 
 STEP_TOKENS = 2048
 """mlx-lm's default of ``--prefill-step-size``."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from xkv.attention import RopeRun, Segment, reconstruct, rope_rows
+from xkv.config import buffer_rows
 from xkv.errors import InputError
-from xkv.ranks import buffer_rows
 from xkv.selection import make_landmarks
 
 if TYPE_CHECKING:

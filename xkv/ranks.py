@@ -6,19 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xkv.codec import BAND, BITS, group_size_of, row_bytes
-from xkv.config import Rank, XKVConfig
+from xkv.config import Rank, XKVConfig, buffer_rows
 from xkv.errors import InputError
 
 PLANNED_BITS = 4
 """Bits of a latent's column for which the factorization's rank is sized."""
-
-ROW_STEP = 16
-"""Dense buffers grow by a multiple of this many rows."""
-
-
-def buffer_rows(n_rows: int) -> int:
-    """Rows allocated for ``n_rows`` dense ones: a sixteenth more, so that growing stays cheap."""
-    return -(-(n_rows + n_rows // 16) // ROW_STEP) * ROW_STEP
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from mlx_lm.models.cache import (
 from xkv.backends.mlx_metal.cache import XKVCache
 from xkv.backends.mlx_metal.enable import Enabled, lowrank_cache
 from xkv.backends.mlx_metal.memory import cache_text, dense_bytes
+from xkv.config import buffer_rows
 from xkv.footprint import factoring_bytes
 from xkv.lowrank_cache import WAIT_SHARE
-from xkv.ranks import buffer_rows, plan_ranks
+from xkv.ranks import plan_ranks
 
 
 @dataclass(frozen=True)
