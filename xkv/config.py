@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,6 +45,8 @@ class XKVConfig:
     Args:
         group_size: Consecutive layers that share one latent (W).
         groups: Explicit layer groups instead of ``group_size``, e.g. ``((0, 1), (2, 3, 4))``.
+        group_shares: Each group's share of the bytes of the factors, any positive numbers; kept
+            with a sum of 1.
         first_layer: First layer to compress; those before it stay dense.
         last_layer: Last layer to compress, inclusive; None means the model's last.
         rank_k: Columns of the shared key latent, or ``"full"`` for the exact form.
@@ -72,6 +76,7 @@ class XKVConfig:
 
     group_size: int = 4
     groups: tuple[tuple[int, ...], ...] | None = None
+    group_shares: tuple[float, ...] | None = None
     first_layer: int = 0
     last_layer: int | None = None
     rank_k: Rank | None = None
@@ -92,6 +97,9 @@ class XKVConfig:
     def __post_init__(self) -> None:
         if self.groups is not None:
             object.__setattr__(self, "groups", tuple(tuple(group) for group in self.groups))
+        if self.group_shares is not None:
+            shares = _normalized(self.group_shares, len(self.groups or ()))
+            object.__setattr__(self, "group_shares", shares)
         if self.group_size < 1:
             raise InputError(f"group_size={self.group_size} must be at least 1")
         if self.max_tail < 1:
@@ -137,3 +145,17 @@ class XKVConfig:
         if covers_all or self.attention == "dense" or (self.attention == "auto" and not is_long):
             return Layout(n_rows)
         return Layout(n_chunks * self.chunk_size, n_outliers, True)
+
+
+def _normalized(shares: Sequence[float], n_groups: int) -> tuple[float, ...]:
+    """Shares with a sum of 1."""
+    if not n_groups or len(shares) != n_groups:
+        raise InputError(
+            f"group_shares has {len(shares)} numbers for {n_groups} explicit groups: give one a "
+            "group"
+        )
+    if not all(0 < share < math.inf for share in shares):
+        raise InputError(f"group_shares={tuple(shares)} must all be finite and above 0")
+    total = math.fsum(shares)
+    # shares that were normalized before, and come from a file, stay the same to the last bit
+    return tuple(shares) if abs(total - 1) < 1e-9 else tuple(share / total for share in shares)

@@ -11,6 +11,7 @@ from xkv.backend import load_backend_module
 from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.lowrank_cache import LowRankCache
+from xkv.profile import ModelIdentity
 
 Progress = Callable[[str, int, int], None]
 """Called with a phase ("prefill" or "factorize"), units done and units in all."""
@@ -65,6 +66,11 @@ class Engine(ABC):
     """A model and its tokenizer on one backend."""
 
     tokenizer: Any
+
+    @property
+    @abstractmethod
+    def identity(self) -> ModelIdentity:
+        """What a profile of this model agrees with."""
 
     @abstractmethod
     def generate(
