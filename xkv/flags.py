@@ -13,8 +13,13 @@ from xkv.tiny import SELECTION
 KERNELS = ("auto", "on", "off")
 
 
-def add_compression_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a group of flags, one for each choice of :class:`xkv.XKVConfig` that a user makes."""
+def add_compression_flags(parser: argparse.ArgumentParser, has_kernels: bool = True) -> None:
+    """Add a group of flags, one for each choice of :class:`xkv.XKVConfig` that a user makes.
+
+    Args:
+        parser: Of the command.
+        has_kernels: Whether the command decodes, which device kernels are for.
+    """
     cache = parser.add_argument_group("compression")
     cache.add_argument(
         "--compression",
@@ -53,9 +58,10 @@ def add_compression_flags(parser: argparse.ArgumentParser) -> None:
         help="decode attention over every compressed row, or over the selected ones "
         f"(default: {XKVConfig.attention})",
     )
-    cache.add_argument(
-        "--kernels", choices=KERNELS, default="auto", help="use device kernels (default: auto)"
-    )
+    if has_kernels:
+        cache.add_argument(
+            "--kernels", choices=KERNELS, default="auto", help="use device kernels (default: auto)"
+        )
 
 
 def add_grouping_flag(parser: argparse._ActionsContainer) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from xkv.config import XKVConfig
 from xkv.errors import InputError
-from xkv.grouping import make_groups
+from xkv.grouping import layers_text, make_groups
 
 FILE_NAME = "xkv-profile.json"
 FORMAT = 1
@@ -82,7 +82,7 @@ class Profile:
 
     def __str__(self) -> str:
         pairs = zip(self.groups, self.group_shares, strict=True)
-        return ", ".join(f"{_span(group)} ({share:.0%})" for group, share in pairs)
+        return ", ".join(f"{layers_text(group)} ({share:.0%})" for group, share in pairs)
 
     def save(self, path: str | Path) -> None:
         """Write the profile.
@@ -99,11 +99,6 @@ class Profile:
             raise InputError(
                 f"cannot write {path}: {error.strerror}; name another file with --out"
             ) from error
-
-
-def _span(group: tuple[int, ...]) -> str:
-    is_run = len(group) > 1 and group == tuple(range(group[0], group[-1] + 1))
-    return f"{group[0]}-{group[-1]}" if is_run else "+".join(map(str, group))
 
 
 def profile_path(model: str) -> Path:
