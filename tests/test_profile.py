@@ -12,7 +12,9 @@ import pytest
 
 import xkv
 from tests.tiny_models import ARCHITECTURES, write_checkpoint
+from tests.tolerances import TOLERANCE, relative_error
 from xkv import InputError, XKVConfig, cache_prompt, calibrate, evaluate, generate, load_profile
+from xkv.calibrate import prompt_tokens
 from xkv.evaluation import load_language_model
 from xkv.evaluation.run import make_settings
 from xkv.profile import ModelIdentity, Profile, find_profile, profile_path
@@ -171,6 +173,18 @@ def test_calibration_is_the_same_on_both_backends():
     assert len(mlx.groups) == 3 and sum(mlx.groups, ()) == tuple(range(8))
 
 
+def test_plain_rows_undo_a_rope_that_changes_between_calls(folder, tmp_path):
+    """The first layer's keys before rotation are the same whatever the rotation is."""
+    dynamic = write_checkpoint(tmp_path, ARCHITECTURES["llama-dynamic"])
+    rows = []
+    for path in (folder, dynamic):
+        model = load_language_model("mlx", str(path))
+        document = model.prefill(prompt_tokens(model, TEXT + TEXT), 0)
+        rows.append(np.array(document.plain_rows("keys", 0)))
+    assert len({spec for _, spec in document.rope_runs(0)}) == 2
+    assert relative_error(rows[1], rows[0]) < TOLERANCE["float32"]
+
+
 def test_calibration_of_constant_and_of_broken_rows(folder):
     import torch
 
@@ -323,9 +337,9 @@ def test_evaluation_groups_methods_that_name_no_group_size():
 def test_evaluate_keeps_the_groups_with_its_results(capsys, kept, tmp_path):
     flags = ["--model", str(kept), "--tasks", "needle", "--lengths", "300", "--samples", "1"]
     flags += ["--ratios", "1.5", "--methods", "xkv:window=24", "--out", str(tmp_path / "out")]
-    code, _ = run(capsys, evaluate, *flags)
-    assert code == 0
+    assert run(capsys, evaluate, *flags)[0] == 0
     about = json.loads((tmp_path / "out" / "run.json").read_text())
     assert about["groups"] == [[0], [1, 2, 3], [4]]
+    assert run(capsys, evaluate, *flags)[0] == 0
     code, err = run(capsys, evaluate, *flags, "--grouping", "consecutive")
     assert code == 2 and "holds results of another run: group_shares" in err

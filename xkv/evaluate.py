@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -132,7 +133,7 @@ def evaluate(args: argparse.Namespace) -> None:
         "text": args.text,
         "questions": args.questions,
         "xkv": version("xkv"),
-        **{name: list(value) for name, value in grouping.items()},
+        **json.loads(json.dumps(grouping)),  # lists, as in the file
         **model.versions,
     }
     evaluation = Evaluation(model, tasks, args.lengths, settings, args.samples, args.seed)
