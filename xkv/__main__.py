@@ -11,6 +11,8 @@ COMMANDS = {
     "server": "serve the OpenAI API",
     "cache_prompt": "process a long prompt once and keep its cache in a file",
     "evaluate": "score compressed caches on long-context tasks",
+    "calibrate": "find the layers that are alike, and keep it as a model's profile",
+    "inspect": "plot spectra, similarity of layers, errors and bits of a compressed cache",
     "plan": "what fits into this machine's memory",
     "doctor": "which kernels work here, and how fast",
 }

@@ -12,6 +12,7 @@ from xkv.backend import load_backend_module
 from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.lowrank_cache import LowRankCache
+from xkv.profile import ModelIdentity
 from xkv.ranks import RankPlan
 
 Progress = Callable[[str, int, int], None]
@@ -67,6 +68,11 @@ class Engine(ABC):
     """A model and its tokenizer on one backend."""
 
     tokenizer: Any
+
+    @property
+    @abstractmethod
+    def identity(self) -> ModelIdentity:
+        """What a profile of this model agrees with."""
 
     @abstractmethod
     def generate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -12,12 +13,15 @@ from typing import Any
 
 from tqdm import tqdm
 
+from xkv.calibrate import choose_profile
 from xkv.command_line import user_errors
+from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.evaluation import load_language_model
 from xkv.evaluation.run import Evaluation, make_settings
 from xkv.evaluation.store import Store
 from xkv.evaluation.summary import collect, csv_text, markdown, plot
+from xkv.flags import add_grouping_flag
 from xkv.tasks import TASKS, MakeSample
 from xkv.tasks.perplexity import PERPLEXITY, FileText
 from xkv.tasks.qa import TextQuestions
@@ -82,6 +86,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     add("--samples", "questions of each task at each length", 200, type=int)
     add("--seed", "seed of the first document", FIRST_SEED, type=int)
+    add_grouping_flag(parser)
     add("--text", "text file for the tasks qa and ppl instead of the built-in texts")
     add("--questions", "file of questions over --text: JSON lines with question and answers")
     add("--out", "folder of the results", "xkv-evaluation")
@@ -112,9 +117,15 @@ def evaluate(args: argparse.Namespace) -> None:
     """
     tasks = choose_tasks(args)
     check_numbers(args)
-    settings = make_settings(args.methods, args.ratios)
-    model_name = args.model or str(CHECKPOINT_DIR)
-    model = load_language_model(args.backend, model_name, trust_remote_code=args.trust_remote_code)
+    make_settings(args.methods, args.ratios)  # a misspelt method is told before a model is loaded
+    model_name, trust = args.model or str(CHECKPOINT_DIR), args.trust_remote_code
+    profile = choose_profile(args.grouping, None, model_name, args.backend, trust_remote_code=trust)
+    model = load_language_model(args.backend, model_name, trust_remote_code=trust)
+    grouping: dict[str, Any] = {}
+    if profile is not None:
+        config = profile.apply(XKVConfig(), model.identity)
+        grouping = {name: getattr(config, name) for name in ("groups", "group_shares")}
+    settings = make_settings(args.methods, args.ratios, grouping)
     run = {
         "model": args.model or "bundled",
         "backend": args.backend,
@@ -122,6 +133,7 @@ def evaluate(args: argparse.Namespace) -> None:
         "text": args.text,
         "questions": args.questions,
         "xkv": version("xkv"),
+        **json.loads(json.dumps(grouping)),  # lists, as in the file
         **model.versions,
     }
     evaluation = Evaluation(model, tasks, args.lengths, settings, args.samples, args.seed)

@@ -13,8 +13,13 @@ from xkv.tiny import SELECTION
 KERNELS = ("auto", "on", "off")
 
 
-def add_compression_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a group of flags, one for each choice of :class:`xkv.XKVConfig` that a user makes."""
+def add_compression_flags(parser: argparse.ArgumentParser, has_kernels: bool = True) -> None:
+    """Add a group of flags, one for each choice of :class:`xkv.XKVConfig` that a user makes.
+
+    Args:
+        parser: Of the command.
+        has_kernels: Whether the command decodes, which device kernels are for.
+    """
     cache = parser.add_argument_group("compression")
     cache.add_argument(
         "--compression",
@@ -24,10 +29,11 @@ def add_compression_flags(parser: argparse.ArgumentParser) -> None:
     cache.add_argument(
         "--group-size",
         type=int,
-        default=XKVConfig.group_size,
-        help="layers that share a latent; 0 runs with the full cache "
-        f"(default: {XKVConfig.group_size})",
+        default=argparse.SUPPRESS,
+        help="consecutive layers that share a latent; 0 runs with the full cache "
+        f"(default: the model's profile if it has one, else {XKVConfig.group_size})",
     )
+    add_grouping_flag(cache)
     cache.add_argument("--rank-k", type=_rank, help="rank of the keys: a number or 'full'")
     cache.add_argument("--rank-v", type=_rank, help="rank of the values: a number or 'full'")
     cache.add_argument(
@@ -59,8 +65,20 @@ def add_compression_flags(parser: argparse.ArgumentParser) -> None:
         help="decode attention over every compressed row, or over the selected ones "
         f"(default: {XKVConfig.attention})",
     )
-    cache.add_argument(
-        "--kernels", choices=KERNELS, default="auto", help="use device kernels (default: auto)"
+    if has_kernels:
+        cache.add_argument(
+            "--kernels", choices=KERNELS, default="auto", help="use device kernels (default: auto)"
+        )
+
+
+def add_grouping_flag(parser: argparse._ActionsContainer) -> None:
+    """Add the flag that says which layers share a latent."""
+    parser.add_argument(
+        "--grouping",
+        metavar="{consecutive,cka,FILE}",
+        help="layers that share a latent: consecutive ones; those that are alike, measured first; "
+        "or a file that xkv.calibrate wrote (default: the model's profile if it has one, else "
+        "consecutive)",
     )
 
 
@@ -101,7 +119,7 @@ def _compression_defaults() -> dict[str, object]:
 def has_compression_flags(args: argparse.Namespace) -> bool:
     """Whether any flag of :func:`add_compression_flags` was given a value of its own."""
     given = vars(args)
-    return any(
+    return given.get("grouping") is not None or any(
         name in given and given[name] != default
         for name, default in _compression_defaults().items()
     )
@@ -119,9 +137,17 @@ def config_from(args: argparse.Namespace, is_bundled: bool) -> XKVConfig | None:
     """
     chosen = {**(SELECTION if is_bundled else {}), **vars(args)}
     names = set(_compression_defaults()) & set(chosen)
-    if args.group_size == 0:
+    group_size, grouping = vars(args).get("group_size"), args.grouping
+    if group_size is not None and grouping not in (None, "consecutive", "cka"):
+        raise InputError(
+            "--group-size and --grouping FILE exclude each other: the file says which layers form "
+            "a group"
+        )
+    if group_size == 0:
         given = [
-            f"--{x.replace('_', '-')}" for x in ("compression", "rank_k", "rank_v") if vars(args)[x]
+            f"--{x.replace('_', '-')}"
+            for x in ("compression", "rank_k", "rank_v", "grouping")
+            if vars(args)[x]
         ]
         if given:
             raise InputError(

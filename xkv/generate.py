@@ -12,6 +12,7 @@ from dataclasses import fields
 
 from xkv.answer import built_in_prompt, show_answers
 from xkv.backend import load_backend_module
+from xkv.calibrate import choose_profile
 from xkv.command_line import user_errors
 from xkv.engine import Sampling, load_engine
 from xkv.flags import add_compression_flags, add_generate_flags, check_numbers, config_from
@@ -78,12 +79,14 @@ def run_on_torch(args: argparse.Namespace) -> None:
         prompt = built_in_prompt()
     elif args.prompt != "-":
         prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
-    engine = load_engine(
-        "torch",
-        args.model or str(CHECKPOINT_DIR),
-        trust_remote_code=args.trust_remote_code,
-        kernels=args.kernels,
-    )
+    name, trust = args.model or str(CHECKPOINT_DIR), args.trust_remote_code
+    profile = None
+    if config is not None:
+        group_size = vars(args).get("group_size")
+        profile = choose_profile(args.grouping, group_size, name, "torch", trust_remote_code=trust)
+    engine = load_engine("torch", name, trust_remote_code=trust, kernels=args.kernels)
+    if config is not None and profile is not None:
+        config = profile.apply(config, engine.identity)
     tokens = engine.encode(
         prompt, system_prompt=args.system_prompt, use_chat_template=not args.ignore_chat_template
     )

@@ -56,6 +56,12 @@ def make_groups(
     )
 
 
+def layers_text(layers: Sequence[int]) -> str:
+    """Layers of a group, for people: ``0-3``, or ``0+2`` where they are no run."""
+    is_run = len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1))
+    return f"{layers[0]}-{layers[-1]}" if is_run else "+".join(map(str, layers))
+
+
 def _check_groups(
     groups: Sequence[Sequence[int]], n_layers: int, kinds: Sequence[Hashable | None]
 ) -> None:

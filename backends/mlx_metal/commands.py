@@ -15,9 +15,16 @@ import mlx.core as mx
 
 from xkv.backends.mlx_metal import seam
 from xkv.backends.mlx_metal.backend import MLXBackend
-from xkv.backends.mlx_metal.enable import disable, enable, enabled_state, lowrank_cache
+from xkv.backends.mlx_metal.enable import (
+    CachePlan,
+    disable,
+    enable,
+    enabled_state,
+    lowrank_cache,
+)
 from xkv.backends.mlx_metal.engine import load_errors
 from xkv.backends.mlx_metal.files import load_prompt_cache, save_prompt_cache
+from xkv.calibrate import choose_profile
 from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.flags import (
@@ -26,14 +33,13 @@ from xkv.flags import (
     config_from,
     has_compression_flags,
 )
+from xkv.profile import Profile
 from xkv.tiny import CHECKPOINT_DIR
 
 
 class Command:
     """One run of an mlx-lm command; subclasses add flags and replace more of it."""
 
-    enables = True
-    """Whether a model is enabled when it is loaded."""
     writes_file = False
     """Whether ``--prompt-cache-file`` is written, not read."""
 
@@ -43,6 +49,8 @@ class Command:
         """What was parsed; set when mlx-lm's ``main`` has done so."""
         self.config: XKVConfig | None = None
         """The compression asked for; None for the full cache."""
+        self.grouping: str | None = None
+        """What ``--grouping`` says; a prompt cache from a file keeps its own groups."""
         self.models: list[Any] = []
         """Models that were loaded and enabled."""
 
@@ -85,6 +93,7 @@ class Command:
         if args.model is None and not is_in_file:
             args.model = str(CHECKPOINT_DIR)
         self.config = config_from(args, args.model == str(CHECKPOINT_DIR))
+        self.grouping = args.grouping
         check_numbers(args)
         prompt = vars(args).get("prompt")
         if prompt == "-":
@@ -117,21 +126,49 @@ class Command:
             print(f"Note: the prompt cache in {args[0]} is not compressed", file=sys.stderr)
             self.config = None
         elif not has_compression_flags(self.args):
-            self.config = cache.config
+            self.config, self.grouping = cache.config, "consecutive"
         return loaded
 
+    def find_profile(self, path: str) -> Profile | None:
+        """The profile for a model; ``--grouping`` is about the command line's own.
+
+        Raises:
+            InputError: If it cannot be had.
+        """
+        is_own = self.args.model in (None, path)
+        grouping = self.grouping if is_own or self.grouping == "consecutive" else None
+        if mx.distributed.init().size() > 1:
+            if grouping not in (None, "consecutive"):
+                raise InputError(
+                    "--grouping is about whole models, and this one runs on several devices: leave "
+                    "it out"
+                )
+            return None
+        given = vars(self.args)
+        trust = bool(given.get("trust_remote_code"))
+        return choose_profile(
+            grouping, given.get("group_size"), path, "mlx", trust_remote_code=trust
+        )
+
+    def take_model(self, model: Any, config: XKVConfig) -> None:
+        """Enable a model that was loaded."""
+        report = enable(model, config, backend=MLXBackend(self.args.kernels))
+        if mx.distributed.init().rank() == 0:
+            print(report, file=sys.stderr)
+        self.models.append(model)
+
     def loading(self, load: Callable[..., Any]) -> Callable[..., Any]:
-        """mlx-lm's ``load`` or ``sharded_load``, after which the model is enabled."""
+        """mlx-lm's ``load`` or ``sharded_load``, after which the model is taken."""
 
         def load_and_enable(path: str, *args: Any, **kwargs: Any) -> Any:
+            profile = None if self.config is None else self.find_profile(path)
             with load_errors(path):
                 loaded = load(path, *args, **kwargs)
-            model = loaded[0]
-            if self.enables and self.config is not None and enabled_state(model) is None:
-                report = enable(model, self.config, backend=MLXBackend(self.args.kernels))
-                if mx.distributed.init().rank() == 0:
-                    print(report, file=sys.stderr)
-                self.models.append(model)
+            model, config = loaded[0], self.config
+            if config is not None and profile is not None:
+                config = profile.apply(config, CachePlan.of(model, config).identity)
+            if config is not None and enabled_state(model) is None:
+                self.take_model(model, config)
             return loaded
 
         return load_and_enable

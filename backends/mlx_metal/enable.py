@@ -24,6 +24,7 @@ from xkv.errors import InputError
 from xkv.grouping import make_groups
 from xkv.layer_cache import DECODE_TOKENS
 from xkv.lowrank_cache import LowRankCache
+from xkv.profile import ModelIdentity
 from xkv.report import LayerKind, LayerReport, Report
 
 _log = logging.getLogger("xkv")
@@ -95,6 +96,17 @@ class CachePlan:
             return XKVCache(cache.layers[i], ropes[i]) if i in cache.layers else native
 
         return [compressed(native) for native in native_caches(self.model)]
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """What a profile of the model agrees with; heads are those of the first grouped layer."""
+        shape = self.probe.caches[self.groups[0][0]].shape
+        assert shape is not None
+        # several types of mlx-lm's share a model file
+        args = getattr(self.model, "args", None)
+        model_type = getattr(args, "model_type", model_name(self.model))
+        heads = shape.n_kv_heads, shape.key_dim, shape.value_dim
+        return ModelIdentity(model_type, len(self.probe.caches), *heads)
 
     def report(self) -> Report:
         """Which layers are compressed, and which are not."""

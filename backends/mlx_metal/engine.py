@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from mlx_lm.models import cache as mlx_cache
 from mlx_lm.sample_utils import make_sampler
 
 from xkv.backends.mlx_metal.backend import MLXBackend
-from xkv.backends.mlx_metal.enable import disable, enable, enabled_state, lowrank_cache
+from xkv.backends.mlx_metal.enable import CachePlan, disable, enable, enabled_state, lowrank_cache
 from xkv.backends.mlx_metal.memory import dense_bytes
 from xkv.backends.mlx_metal.prefill import flatten
 from xkv.config import XKVConfig
 from xkv.engine import Engine, Generation, Progress, Sampling, describe
 from xkv.errors import InputError
+from xkv.profile import ModelIdentity
 
 
 class MLXEngine(Engine):
@@ -29,6 +31,10 @@ class MLXEngine(Engine):
         self.model = model
         self.tokenizer = tokenizer
         self.backend = backend
+
+    @property
+    def identity(self) -> ModelIdentity:
+        return CachePlan.of(self.model, XKVConfig()).identity
 
     def generate(
         self,
@@ -66,7 +72,9 @@ class MLXEngine(Engine):
         **options: Any,
     ) -> Generation:
         """:meth:`generate` with the options of ``mlx_lm.stream_generate`` instead of ours."""
-        with self._enabled(self.model, config, on_progress), self._enabled(draft_model, config):
+        # groups that the configuration names are the model's
+        draft = config and replace(config, groups=None, group_shares=None)
+        with self._enabled(self.model, config, on_progress), self._enabled(draft_model, draft):
             cache = prompt_cache or [
                 layer
                 for model in (self.model, draft_model)

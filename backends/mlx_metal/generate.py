@@ -12,8 +12,10 @@ from xkv.answer import built_in_prompt, show_answers
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.commands import Command, run
 from xkv.backends.mlx_metal.engine import MLXEngine
+from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.flags import add_generate_flags
+from xkv.profile import Profile
 
 
 def run_generate(argv: Sequence[str] | None = None) -> None:
@@ -23,8 +25,6 @@ def run_generate(argv: Sequence[str] | None = None) -> None:
 
 class Generate(Command):
     """mlx-lm's ``generate``, whose last step is ours."""
-
-    enables = False  # the engine does, once for each answer
 
     def add_flags(self, parser: argparse.ArgumentParser) -> None:
         super().add_flags(parser)
@@ -36,6 +36,15 @@ class Generate(Command):
         super().take(args)
         if args.compare and args.prompt_cache_file is not None:
             raise InputError("--compare needs the whole prompt, not --prompt-cache-file")
+
+    def find_profile(self, path: str) -> Profile | None:
+        # the model itself comes first; a draft model's groups are consecutive
+        return None if self.models else super().find_profile(path)
+
+    def take_model(self, model: Any, config: XKVConfig) -> None:
+        """Keep the model's configuration: the engine enables it, once for each answer."""
+        self.models.append(model)
+        self.config = config
 
     def replacements(self, module: Any) -> dict[str, Any]:
         return {**super().replacements(module), "generate": self.generate}

@@ -17,6 +17,7 @@ from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.evaluation.model import LanguageModel
 from xkv.evaluation.prefix import DocumentLayer
+from xkv.profile import ModelIdentity
 from xkv.rope import Rope
 
 
@@ -36,7 +37,7 @@ class MLXLanguageModel(LanguageModel):
         engine = load_engine(
             model, trust_remote_code=trust_remote_code, kernels="auto" if on_gpu else "off"
         )
-        self.model = engine.model
+        self._engine, self.model = engine, engine.model
         probes = CachePlan.of(self.model, XKVConfig()).probe.caches
         if len({probe.shape for probe in probes}) > 1 or any(
             probe.shape is None or probe.shape.is_mla or not probe.reaches_seam for probe in probes
@@ -68,6 +69,10 @@ class MLXLanguageModel(LanguageModel):
     @property
     def end_tokens(self) -> frozenset[int]:
         return frozenset(self.tokenizer.eos_token_ids)
+
+    @property
+    def identity(self) -> ModelIdentity:
+        return self._engine.identity
 
     @property
     def versions(self) -> dict[str, str]:

@@ -18,6 +18,7 @@ from xkv.errors import InputError
 from xkv.grouping import make_groups
 from xkv.layer_cache import LayerCache
 from xkv.lowrank_cache import LowRankCache
+from xkv.profile import ModelIdentity
 from xkv.rope import RopeSpec
 
 ATTENTION = "xkv"
@@ -110,6 +111,20 @@ def xkv_attention(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
+
+
+def identity_of(model: PreTrainedModel) -> ModelIdentity:
+    """What a profile of a model agrees with."""
+    config = model.config.get_text_config()
+    n_heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    return ModelIdentity(
+        model.config.model_type,
+        config.num_hidden_layers,
+        getattr(config, "num_key_value_heads", None) or n_heads,
+        head_dim,
+        head_dim,
+    )
 
 
 def find_rope(model: PreTrainedModel) -> RopeSpec:

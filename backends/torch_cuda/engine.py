@@ -14,10 +14,11 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
 
 from xkv.backends.torch_cuda.backend import TorchBackend
-from xkv.backends.torch_cuda.cache import XKVLayer, make_cache, xkv_attention
+from xkv.backends.torch_cuda.cache import XKVLayer, identity_of, make_cache, xkv_attention
 from xkv.config import XKVConfig
 from xkv.engine import Engine, Generation, Progress, Sampling, describe
 from xkv.errors import InputError
+from xkv.profile import ModelIdentity
 
 
 class _Streamer(TextStreamer):
@@ -38,6 +39,10 @@ class TorchEngine(Engine):
         self.model = model
         self.tokenizer = tokenizer
         self.backend = backend
+
+    @property
+    def identity(self) -> ModelIdentity:
+        return identity_of(self.model)
 
     @torch.inference_mode()
     def generate(

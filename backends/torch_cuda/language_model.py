@@ -14,6 +14,7 @@ from xkv.backends.torch_cuda.cache import XKVLayer, find_rope, xkv_attention
 from xkv.backends.torch_cuda.engine import load_engine
 from xkv.errors import InputError
 from xkv.evaluation.model import LanguageModel
+from xkv.profile import ModelIdentity
 
 
 class TorchLanguageModel(LanguageModel):
@@ -62,6 +63,10 @@ class TorchLanguageModel(LanguageModel):
     @property
     def end_tokens(self) -> frozenset[int]:
         return frozenset(self._engine.end_tokens())
+
+    @property
+    def identity(self) -> ModelIdentity:
+        return self._engine.identity
 
     @property
     def versions(self) -> dict[str, str]:

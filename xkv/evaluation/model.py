@@ -16,6 +16,7 @@ from xkv.evaluation.methods.method import Document
 from xkv.evaluation.prefix import DocumentLayer
 from xkv.grouping import make_groups
 from xkv.lowrank_cache import LowRankCache
+from xkv.profile import ModelIdentity
 from xkv.rope import Rope
 
 PREFILL_STEP = 512
@@ -101,6 +102,11 @@ class LanguageModel(ABC):
     @abstractmethod
     def end_tokens(self) -> frozenset[int]:
         """Tokens that end an answer."""
+
+    @property
+    @abstractmethod
+    def identity(self) -> ModelIdentity:
+        """What a profile of this model agrees with."""
 
     @property
     @abstractmethod

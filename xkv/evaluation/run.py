@@ -11,6 +11,7 @@ import numpy as np
 
 from xkv.errors import InputError
 from xkv.evaluation.methods import parse_method
+from xkv.evaluation.methods.lowrank import LowRank
 from xkv.evaluation.methods.method import Compressed, Document, Method
 from xkv.evaluation.model import LanguageModel
 from xkv.evaluation.store import Key, Store
@@ -39,8 +40,15 @@ class Setting:
         return self.label if self.ratio is None else f"{self.label} at {self.ratio:g} x"
 
 
-def make_settings(labels: Sequence[str], ratios: Sequence[float]) -> list[Setting]:
+def make_settings(
+    labels: Sequence[str], ratios: Sequence[float], grouping: dict[str, Any] | None = None
+) -> list[Setting]:
     """Every method at every ratio that it can be asked for, the full cache first.
+
+    Args:
+        labels: Methods as a user writes them.
+        ratios: Ratios for those whose size is free.
+        grouping: Options of ``xkv`` where it names no group size.
 
     Raises:
         InputError: If a method or option is unknown.
@@ -48,6 +56,8 @@ def make_settings(labels: Sequence[str], ratios: Sequence[float]) -> list[Settin
     settings = [Setting("full", parse_method("full"), None)]
     for label in dict.fromkeys(labels):
         method = parse_method(label)
+        if grouping and isinstance(method, LowRank):
+            method = method.grouped(grouping)
         if label != "full":
             asked = ratios if method.has_free_size else [None]
             settings += [Setting(label, method, ratio) for ratio in asked]

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xkv.errors import InputError
 from xkv.evaluation.methods import parse_method
+from xkv.plots import new_figure
 
 CAN_DO = 0.9
 """A task counts in the mean where the full cache's score is at least this."""
@@ -265,12 +265,8 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
     Raises:
         InputError: If matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("the plot needs matplotlib: pip install 'xkv[evaluate]'") from None
     lengths = sorted({cell.length for cell in cells if cell.scores})
-    figure = Figure(figsize=(5 * len(lengths) + 2, 4.5), layout="constrained")
+    figure = new_figure(5 * len(lengths) + 2, 4.5)
     panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
     labels = list(dict.fromkeys(cell.method for cell in cells))
     for panel, length in zip(panels, lengths, strict=True):

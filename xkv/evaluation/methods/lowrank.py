@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from xkv.config import XKVConfig
@@ -42,21 +42,17 @@ class LowRank(Method):
     def is_stepwise(self) -> bool:  # type: ignore[override]
         return dict(self.options).get("attention") == "selective"
 
+    def grouped(self, grouping: dict[str, Any]) -> LowRank:
+        """With these groups, unless its own options say which layers are grouped."""
+        if {"group_size", "first_layer", "last_layer"} & set(dict(self.options)):
+            return self
+        return replace(self, options=(*self.options, *grouping.items()))
+
     def compress(self, document: Document, ratio: float | None) -> Compressed:
         options: dict[str, Any] = {"attention": "dense", **dict(self.options)}
         if ratio is not None:
             options["compression"] = ratio
-        cache = document.make_cache(XKVConfig(**options))
-        for index, layer in cache.layers.items():
-            keys, values = document.keys[index], document.values[index]
-            begin = 0
-            for end, spec in document.rope_runs(index):
-                layer.append(keys[..., begin:end, :], values[..., begin:end, :], spec)
-                begin = end
-        for group in cache.groups:
-            group.settle()
-        if cache.ranks is None:
-            raise InputError(cache.notice or "nothing could be compressed")
+        cache = compressed_cache(document, XKVConfig(**options))
         held = cache.held_bytes()
         left = [i for i in range(len(document.keys)) if i not in cache.layers]
         held += sum(document.keys[i].nbytes + document.values[i].nbytes for i in left)
@@ -94,6 +90,26 @@ class LowRank(Method):
             return Conversation(layers, bytes_now)
 
         return Compressed(held, start, converse, detail)
+
+
+def compressed_cache(document: Document, config: XKVConfig) -> LowRankCache:
+    """The project's own cache after a document.
+
+    Raises:
+        InputError: If the document is too short to be compressed.
+    """
+    cache = document.make_cache(config)
+    for index, layer in cache.layers.items():
+        keys, values = document.keys[index], document.values[index]
+        begin = 0
+        for end, spec in document.rope_runs(index):
+            layer.append(keys[..., begin:end, :], values[..., begin:end, :], spec)
+            begin = end
+    for group in cache.groups:
+        group.settle()
+    if cache.ranks is None:
+        raise InputError(cache.notice or "nothing could be compressed")
+    return cache
 
 
 def parse_options(text: dict[str, Any], name: str) -> LowRank:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from xkv.attention import RopeRun, rope_rows
+from xkv.errors import InputError
 from xkv.evaluation.prefix import Prefix, PromptLayer
 
 if TYPE_CHECKING:
@@ -68,6 +70,23 @@ class Document:
                 runs.pop()
             runs.append((end, spec))
         return runs
+
+    def plain_rows(self, name: str, layer: int) -> Array:
+        """One layer's "keys", un-rotated, or "values": ``[L, n_kv_heads * dim]`` in float32.
+
+        Raises:
+            InputError: If they hold NaN or infinity.
+        """
+        xp, rows = self.backend.xp, getattr(self, name)[layer]
+        rows = xp.astype(rows, self.backend.accumulate_dtype(rows))
+        if not bool(xp.all(xp.isfinite(rows))):
+            raise InputError(f"the {name} of layer {layer} hold NaN or infinity for this prompt")
+        if name == "keys":
+            ends = self.rope_runs(layer)
+            begins = (0, *(end for end, _ in ends))
+            runs = [RopeRun(end - start, x) for start, (end, x) in zip(begins, ends, strict=False)]
+            rows = rope_rows(self.backend, rows, 0, tuple(runs), inverse=True)
+        return xp.reshape(xp.permute_dims(rows[0], (1, 0, 2)), (self.n_tokens, -1))
 
     def widen(self, rows: Array) -> Array:
         """Rows in the dtype of the arithmetic."""
