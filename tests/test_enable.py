@@ -226,7 +226,7 @@ def test_broken_cache_files_are_one_sentence(saved, tmp_path):
 
 def test_cache_file_of_another_version_is_refused(saved, model, monkeypatch):
     monkeypatch.setattr("xkv.backends.mlx_metal.cache_state.FORMAT", 99)
-    with pytest.raises(InputError, match="format 1, and this version of xkv reads format 99"):
+    with pytest.raises(InputError, match="format 2, and this version of xkv reads format 99"):
         xkv.load_prompt_cache(str(saved))
 
 
@@ -329,7 +329,7 @@ def test_prompt_cache_tree_of_the_server(model):
 def test_copies_share_the_factors(tmp_path):
     folder = write_checkpoint(tmp_path, {"model_type": "llama", "head_dim": 64})
     model = mlx_lm.load(str(folder))[0]
-    xkv.enable(model, compression=3, window=16)
+    xkv.enable(model, compression=3, window=16, latent_bits=16)
     prompt = np.random.default_rng(1).integers(300, 1000, 3000).tolist()
     cache = new_cache(model)
     greedy(model, cache, prompt, n_tokens=1, prefill_step_size=512)
@@ -365,7 +365,7 @@ def test_contract_of_a_fresh_cache(model):
     assert all(isinstance(value, mx.array) for _, value in tree_flatten(state))
     again = XKVCache.from_state(state)
     assert again.offset == 10
-    assert json.loads(np.array(state[0]).tobytes())["format"] == 1
+    assert json.loads(np.array(state[0]).tobytes())["format"] == 2
 
 
 def test_prompt_that_is_interrupted_leaves_other_caches_alone(model, monkeypatch):
@@ -386,7 +386,7 @@ def test_prompt_that_is_interrupted_leaves_other_caches_alone(model, monkeypatch
 
 
 def test_compressed_peak_and_held_are_counted(model):
-    xkv.enable(model, compression=3, window=16)
+    xkv.enable(model, compression=3, window=16, latent_bits=16)
     cache = new_cache(model)
     greedy(model, cache, n_tokens=1)
     dense = lowrank_cache(cache).dense_bytes()

@@ -23,6 +23,9 @@ factors, costs 1.5 times selective at 2 budgets, 2.6 times at 4 and 4.1 times at
 MIN_WINDOW, MAX_WINDOW = 16, 128
 """Limits of ``window=None``."""
 
+ANSWER_ROWS = 8
+"""Tokens of an answer that such a window leaves room for in the buffers of dense rows."""
+
 
 ROW_STEP = 16
 """Dense buffers grow by a multiple of this many rows."""
@@ -179,8 +182,7 @@ class XKVConfig:
         fitting = [
             window
             for window in range(MIN_WINDOW, MAX_WINDOW + 1)
-            # the buffers hold one token more before they grow
-            if buffer_rows(self.sinks + window + 1) <= affordable
+            if buffer_rows(self.sinks + window + ANSWER_ROWS) <= affordable
         ]
         return fitting[-1] if fitting else MIN_WINDOW
 
