@@ -75,6 +75,8 @@ class XKVConfig:
         value_rank_ratio: rank_v / rank_k when ``compression`` picks ranks.
         min_rank: Columns that ``auto`` keeps of keys and of values at least.
         max_rank: Columns that ``auto`` keeps of either at most; None for no limit.
+        weighting: What counts in the factorization: ``off`` all numbers alike, ``norm`` all layers
+            alike, ``attention`` columns by how much attention depends on them.
         sinks: First tokens, kept dense.
         window: Last tokens, kept dense; None is 128, or down to 16 where sinks and window would
             take more than a quarter of the bytes that ``compression`` leaves.
@@ -109,6 +111,7 @@ class XKVConfig:
     value_rank_ratio: float = 1.5
     min_rank: int = BAND
     max_rank: int | None = None
+    weighting: Literal["off", "norm", "attention"] = "off"
     sinks: int = 4
     window: int | None = None
     max_tail: int = 128
@@ -148,6 +151,8 @@ class XKVConfig:
             raise InputError(f"compression={self.compression} must be above 1")
         if self.latent_bits not in ("auto", 16):
             raise InputError(f"latent_bits={self.latent_bits!r} must be 'auto' or 16")
+        if self.weighting not in ("off", "norm", "attention"):
+            raise InputError(f"weighting={self.weighting!r} must be off, norm or attention")
         if self.min_rank < 1 or (self.max_rank is not None and self.max_rank < self.min_rank):
             raise InputError(
                 f"min_rank={self.min_rank} must be at least 1, and max_rank={self.max_rank} not "

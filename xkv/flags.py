@@ -43,6 +43,13 @@ def add_compression_flags(parser: argparse.ArgumentParser, has_kernels: bool = T
         help="'auto' stores columns in 2 to 16 bits by what they are worth; 16 is the paper's form "
         f"(default: {XKVConfig.latent_bits})",
     )
+    cache.add_argument(
+        "--weighting",
+        choices=["off", "norm", "attention"],
+        default=XKVConfig.weighting,
+        help="what counts in the factorization: all numbers alike, all layers alike, or columns by "
+        f"how much attention depends on them (default: {XKVConfig.weighting})",
+    )
     for name, text in (
         ("sinks", "first tokens that stay dense"),
         ("window", "last tokens that stay dense"),

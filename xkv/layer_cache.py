@@ -9,6 +9,7 @@ from xkv.attention import RopeRun, Segment, reconstruct, rope_rows
 from xkv.config import buffer_rows
 from xkv.errors import InputError
 from xkv.selection import make_landmarks
+from xkv.weighting import head_energy
 
 if TYPE_CHECKING:
     from xkv.backend import Array
@@ -86,6 +87,10 @@ class LayerCache:
         self.n_outlier_rows = 0
         self.rope_runs: list[RopeRun] = []
         """How the rows from position 0 on were rotated."""
+        self.query_energy: Array | None = None
+        """Squares of the prompt's queries, ``[n_kv_heads, head_dim]``, where they are watched."""
+        self.output_energy: Array | None = None
+        """The same of the output projection's weights, ``[n_kv_heads, value_dim]``."""
 
     @property
     def offset(self) -> int:
@@ -130,6 +135,20 @@ class LayerCache:
         if self.rope_runs and self.rope_runs[-1].spec == rope:
             n_tokens += self.rope_runs.pop().n_rows
         self.rope_runs.append(RopeRun(n_tokens, rope))
+
+    @property
+    def is_watching(self) -> bool:
+        """Whether the queries of a prompt take part in its factorization."""
+        return self.group.cache.config.weighting == "attention" and not self.is_compressed
+
+    def watch(self, queries: Array) -> None:
+        """Take note of rotated queries ``[B, n_heads, L, head_dim]`` over this layer."""
+        if not self.is_watching:
+            return
+        backend = self.group.backend
+        energy = head_energy(backend, queries, self.keys.rows.shape[1])
+        self.query_energy = energy if self.query_energy is None else self.query_energy + energy
+        backend.evaluate(self.query_energy)
 
     def reserve(self, n_tokens: int) -> None:
         """Make room for ``n_tokens`` more, so that a long prompt does not grow in steps."""

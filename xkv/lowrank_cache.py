@@ -21,6 +21,7 @@ from xkv.shared_factors import (
     merge_rows,
     pack_together,
 )
+from xkv.weighting import column_weights
 
 if TYPE_CHECKING:
     from xkv.backend import Array, Backend
@@ -207,9 +208,10 @@ class GroupCache:
     def _draft(self, name: str, end: int, rank: int, outliers: Sequence[Array | None]) -> Draft:
         """Factor the rows from ``start`` to ``end``, which are freed layer by layer on the way."""
         config, dtype = self.cache.config, self.layers[0].keys.rows.dtype
-        layers = []
+        layers, weights = [], []
         for layer, outlier_rows in zip(self.layers, outliers, strict=True):
             layers.append(self._rows(layer, name, self.start, end))
+            weights.append(column_weights(layer, name, layers[-1]))
             buffer, kept = getattr(layer, name), []
             if outlier_rows is not None:
                 rows = outlier_rows[..., None]
@@ -221,6 +223,7 @@ class GroupCache:
             layers,
             rank,
             dtype,
+            weights=None if config.weighting == "off" else weights,
             is_rotated=config.chooses_bits,
             power_iterations=config.power_iterations,
             seed=config.seed,

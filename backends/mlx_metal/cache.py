@@ -57,6 +57,9 @@ class XKVCache(mlx_cache._BaseCache, AttendingCache):
         self._returned = None
         return mine
 
+    def watch(self, queries: mx.array) -> None:
+        self.layer.watch(queries)
+
     def attend(self, queries: mx.array, scale: float, mask: mx.array | str | None) -> mx.array:
         """Attention from the compressed form, see :meth:`xkv.layer_cache.LayerCache.attend`."""
         n_queries = queries.shape[-2]

@@ -19,6 +19,7 @@ from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.cache import XKVCache
 from xkv.backends.mlx_metal.prefill import LayerwisePrefill, Prefill, flatten
 from xkv.backends.mlx_metal.probe import ModelProbe, probe_model
+from xkv.backends.mlx_metal.projection import output_energy
 from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.grouping import make_groups
@@ -85,6 +86,14 @@ class CachePlan:
         """A new prompt cache."""
         shape = self.probe.cache_shape(self.groups)
         cache = LowRankCache(backend, self.config, self.groups, 0, on_progress, shape)
+        if self.config.weighting == "attention":
+            modules = getattr(self.model, "layers", [])
+            for index, layer in cache.layers.items():
+                kind = self.probe.caches[index].shape
+                if kind is not None and index < len(modules):
+                    layer.output_energy = output_energy(
+                        backend, modules[index], kind.n_kv_heads, kind.value_dim
+                    )
         ropes = [probe.rope for probe in self.probe.caches]
         numbers = iter(range(len(ropes)))
 

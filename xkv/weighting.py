@@ -1,0 +1,86 @@
+"""How much an error in each column of keys or values counts when a group is factored."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from xkv.errors import InputError
+
+if TYPE_CHECKING:
+    from xkv.backend import Array, Backend
+    from xkv.layer_cache import LayerCache
+    from xkv.rope import RopeSpec
+
+FLOOR = 1e-3
+"""Weights below this share of a layer's mean count as much: their columns are kept too."""
+
+
+def column_weights(layer: LayerCache, name: str, rows: Array) -> Array | None:
+    """Weights of one layer's columns, ``[n_kv_heads, dim]``; None for all alike.
+
+    ``norm`` makes layers equally loud. ``attention`` weighs a key's frequency pair by the second
+    moment of the prompt's queries there, averaged over the query heads that share the KV head,
+    which no rotation changes; and a value's feature by the energy of the output projection's
+    columns that read it.
+
+    Args:
+        layer: Knows the configuration, and what was watched.
+        name: "keys" or "values".
+        rows: ``[B, L, n_kv_heads, dim]`` in float32 or wider, keys un-rotated.
+
+    Raises:
+        InputError: If attention was not watched, or the output projection is not known.
+
+    Source: KQ-SVD, arXiv:2512.05916, has the optimal form of weighting by attention, of which this
+    is the diagonal.
+    """
+    backend, config = layer.group.backend, layer.group.cache.config
+    xp = backend.xp
+    if config.weighting == "off":
+        return None
+    if config.weighting == "norm":
+        size = xp.sqrt(xp.mean(rows * rows)) + 1e-30
+        return xp.ones(rows.shape[2:], dtype=rows.dtype, **backend.placement) / size
+    energy = layer.query_energy if name == "keys" else layer.output_energy
+    if energy is None:
+        missing = (
+            "its queries were not seen" if name == "keys" else "has no known output projection"
+        )
+        raise InputError(
+            f"weighting=attention cannot weigh the {name} of a layer: {missing}; use weighting=norm"
+        )
+    energy = xp.astype(energy, rows.dtype)
+    if name == "keys" and layer.rope_runs and layer.rope_runs[0].spec is not None:
+        energy = pair_means(backend, energy, layer.rope_runs[0].spec)
+    return xp.sqrt(xp.clip(energy / (xp.mean(energy) + 1e-30), FLOOR**2, None))
+
+
+def pair_means(backend: Backend, energy: Array, spec: RopeSpec) -> Array:
+    """The mean over the two features of each pair that ``spec`` rotates, ``[n_kv_heads, dim]``."""
+    xp = backend.xp
+    turned, rest = energy[..., : spec.dims], energy[..., spec.dims :]
+    half = spec.dims // 2
+    if spec.traditional:
+        pairs = xp.mean(xp.reshape(turned, (*turned.shape[:-1], half, 2)), axis=-1)
+        means = xp.reshape(xp.stack([pairs, pairs], axis=-1), turned.shape)
+    else:
+        pairs = (turned[..., :half] + turned[..., half:]) / 2
+        means = xp.concat([pairs, pairs], axis=-1)
+    return xp.concat([means, rest], axis=-1)
+
+
+def head_energy(backend: Backend, x: Array, n_kv_heads: int) -> Array:
+    """Squares summed over all but the KV head and the feature.
+
+    Args:
+        x: ``[B, n_heads, L, dim]``: queries, or an output projection as ``[1, n_heads, hidden,
+            dim]``.
+        n_kv_heads: Query heads next to each other share one.
+
+    Returns:
+        ``[n_kv_heads, dim]`` in float32 or wider.
+    """
+    xp = backend.xp
+    wide = xp.astype(x, backend.accumulate_dtype(x))
+    by_head = xp.sum(wide * wide, axis=(0, 2))
+    return xp.sum(xp.reshape(by_head, (n_kv_heads, -1, x.shape[-1])), axis=1)
