@@ -10,11 +10,11 @@ import torch
 import transformers
 from mlx_lm.models.cache import make_prompt_cache as make_native_cache
 
-from tests.tolerances import relative_error
 from xkv import XKVConfig, load_backend
 from xkv.backends.mlx_metal import attention_seam, make_prompt_cache
 from xkv.backends.torch_cuda.cache import make_cache, xkv_attention
 from xkv.tiny import CHECKPOINT_DIR, make_document
+from xkv.tolerances import relative_error
 
 N_STEPS = 4
 SMALL = {"window": 24, "group_size": 8}

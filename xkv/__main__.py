@@ -11,6 +11,7 @@ COMMANDS = {
     "server": "serve the OpenAI API",
     "cache_prompt": "process a long prompt once and keep its cache in a file",
     "evaluate": "score compressed caches on long-context tasks",
+    "parity": "whether both backends compute the same here",
     "plan": "what fits into this machine's memory",
     "doctor": "which kernels work here, and how fast",
 }
