@@ -159,7 +159,7 @@ def make_prompt_cache(
     Raises:
         InputError: If no layer can be compressed, or a rotary embedding is not known, by name.
     """
-    from xkv.backends.mlx_metal.enable import CachePlan
+    from xkv.backends.mlx_metal.enable import plan_cache, planned_caches
 
-    plan = CachePlan.of(model, config or XKVConfig())
-    return plan.make(backend or MLXBackend(), on_progress)
+    plan = plan_cache(model, config or XKVConfig())
+    return planned_caches(model, plan, backend or MLXBackend(), on_progress)
