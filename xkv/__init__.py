@@ -7,6 +7,7 @@ from xkv.factorize import factorize
 from xkv.grouping import make_groups
 from xkv.prompt_cache import disable, enable, load_prompt_cache, save_prompt_cache
 from xkv.rope import RopeSpec
+from xkv.transformers_cache import torch_cache, torch_prefill
 
 __all__ = [
     "InputError",
@@ -19,4 +20,6 @@ __all__ = [
     "load_prompt_cache",
     "make_groups",
     "save_prompt_cache",
+    "torch_cache",
+    "torch_prefill",
 ]

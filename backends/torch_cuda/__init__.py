@@ -5,11 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from xkv.backends.torch_cuda.backend import TorchBackend
+from xkv.config import XKVConfig
 from xkv.engine import Engine
 from xkv.evaluation.model import LanguageModel
 from xkv.kernels import KernelMode
 
-__all__ = ["TorchBackend", "load_engine", "load_language_model", "make_backend"]
+__all__ = [
+    "TorchBackend",
+    "load_engine",
+    "load_language_model",
+    "make_backend",
+    "torch_cache",
+    "torch_prefill",
+]
 
 
 def make_backend(device: str | None = None, kernels: KernelMode = "auto") -> TorchBackend:
@@ -29,3 +37,17 @@ def load_language_model(model: str, **options: Any) -> LanguageModel:
     from xkv.backends.torch_cuda import language_model
 
     return language_model.TorchLanguageModel(model, **options)
+
+
+def torch_cache(model: Any, config: XKVConfig) -> Any:
+    """See :func:`xkv.torch_cache`."""
+    from xkv.backends.torch_cuda import cache
+
+    return cache.torch_cache(model, config)
+
+
+def torch_prefill(model: Any, cache: Any, input_ids: Any, **options: Any) -> None:
+    """See :func:`xkv.torch_prefill`."""
+    from xkv.backends.torch_cuda import prefill
+
+    prefill.prefill(model, cache, input_ids, **options)
