@@ -72,7 +72,7 @@ def test_batch_without_padding_shares_one_cache():
     assert len(cache.sequences) == 1
 
 
-def test_later_turn_with_padding_of_its_own():
+def test_later_turn_with_padding_of_its_own_and_crop():
     model, first, second = make_model("llama"), prompts_of((60, 90)), prompts_of((30, 7))
     alone = [greedy(model, torch.cat(turns, 1))[0] for turns in zip(first, second, strict=True)]
     (rows, mask), (more, more_mask) = padded(first), padded(second)
@@ -81,16 +81,9 @@ def test_later_turn_with_padding_of_its_own():
     model(rows, attention_mask=mask, position_ids=positions, cache=cache)
     both, both_mask = torch.cat([rows, more], 1), torch.cat([mask, more_mask], 1)
     assert greedy(model, both, both_mask, cache=cache) == alone
-
-
-def test_crop_of_a_padded_batch():
-    model = make_model("llama")
-    rows, mask = padded(prompts_of())
-    cache = xkv.torch_cache(model, **EXACT)
-    want = greedy(model, rows, mask, cache=cache)
-    cache.crop(-12)
-    assert cache.get_seq_length() == rows.shape[1] - 1
-    assert greedy(model, rows, mask, cache=cache) == want
+    cache.crop(-(more.shape[1] + 11))
+    assert [sequence.layers[0].offset for sequence in cache.sequences] == [60, 90]
+    assert greedy(model, both, both_mask, cache=cache) == alone
 
 
 def test_padding_after_a_shared_compression_is_refused():
