@@ -7,7 +7,7 @@ from xkv.factorize import factorize
 from xkv.grouping import make_groups
 from xkv.prompt_cache import disable, enable, load_prompt_cache, save_prompt_cache
 from xkv.rope import RopeSpec
-from xkv.transformers_cache import torch_cache, torch_prefill
+from xkv.transformers_cache import load_torch_cache, torch_cache, torch_prefill
 
 __all__ = [
     "InputError",
@@ -18,6 +18,7 @@ __all__ = [
     "factorize",
     "load_backend",
     "load_prompt_cache",
+    "load_torch_cache",
     "make_groups",
     "save_prompt_cache",
     "torch_cache",

@@ -52,3 +52,22 @@ def torch_prefill(model: Any, cache: Any, input_ids: Any, **options: Any) -> Non
         InputError: If the device runs out of memory: the model is as before, the cache is empty.
     """
     load_backend_module("torch").torch_prefill(model, cache, input_ids, **options)
+
+
+def load_torch_cache(
+    model: Any, file_name: str, config: XKVConfig | None = None, **options: Any
+) -> Any:
+    """Go on with a cache of :func:`xkv.save_prompt_cache`, whichever side wrote it.
+
+    Args:
+        model: The model that the cache was made for, in transformers.
+        file_name: The file.
+        config: What the cache has to be made with, or keyword arguments of
+            :class:`xkv.XKVConfig`; with neither, whatever the file says.
+
+    Raises:
+        InputError: If the file is missing or broken, or of another model, configuration or version.
+    """
+    if config is None and options:
+        config = XKVConfig(**options)
+    return load_backend_module("torch").load_torch_cache(model, file_name, config)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_cache
 
@@ -20,8 +19,10 @@ from xkv.backends.mlx_metal.cache import XKVCache
 from xkv.backends.mlx_metal.prefill import LayerwisePrefill, Prefill, flatten
 from xkv.backends.mlx_metal.probe import probe_model
 from xkv.cache_plan import CachePlan
+from xkv.cache_state import check_config
 from xkv.config import XKVConfig
 from xkv.errors import InputError
+from xkv.fingerprint import fingerprint
 from xkv.layer_cache import DECODE_TOKENS
 from xkv.lowrank_cache import LowRankCache
 from xkv.report import Report
@@ -121,15 +122,7 @@ class Enabled:
             cache.fingerprint is not None and cache.fingerprint != self.fingerprint
         ):
             raise InputError("the prompt cache was made by another model than the one it is for")
-        mine, its = asdict(self.plan.config), asdict(cache.config)
-        differing = [
-            f"{name}={its[name]} (here {mine[name]})" for name in mine if mine[name] != its[name]
-        ]
-        if differing:
-            raise InputError(
-                f"the prompt cache was made with {', '.join(differing)}: "
-                "use the same options, or make it again"
-            )
+        check_config(self.plan.config, cache.config)
 
     def generate(
         self, original: Callable[..., Iterator[Any]], prompt: mx.array, args: Any, kwargs: Any
@@ -237,10 +230,9 @@ def model_name(model: nn.Module) -> str:
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """Tells models apart by their classes, shapes and a few of their weights."""
-    parameters: Any = tree_flatten(model.parameters())
-    code = zlib.crc32(f"{model_name(model)} {len(parameters)}".encode())
-    for name, value in parameters[:: max(1, len(parameters) // 16)]:
-        few = value.reshape(-1)[:16].astype(mx.float32)
-        code = zlib.crc32(f"{name} {value.shape} {few.tolist()}".encode(), code)
-    return f"{code:08x}"
+    parameters: Any = dict(tree_flatten(model.parameters()))
+
+    def values(name: str, n_values: int) -> np.ndarray:
+        return np.array(parameters[name].reshape(-1)[:n_values].astype(mx.float32))
+
+    return fingerprint(((name, x.shape) for name, x in parameters.items()), values)

@@ -14,7 +14,9 @@ __all__ = [
     "TorchBackend",
     "load_engine",
     "load_language_model",
+    "load_torch_cache",
     "make_backend",
+    "save_prompt_cache",
     "torch_cache",
     "torch_prefill",
 ]
@@ -51,3 +53,17 @@ def torch_prefill(model: Any, cache: Any, input_ids: Any, **options: Any) -> Non
     from xkv.backends.torch_cuda import prefill
 
     prefill.prefill(model, cache, input_ids, **options)
+
+
+def save_prompt_cache(file_name: str, cache: Any, metadata: dict[str, str] | None = None) -> None:
+    """See :func:`xkv.save_prompt_cache`."""
+    from xkv.backends.torch_cuda import files
+
+    files.save_prompt_cache(file_name, cache, metadata)
+
+
+def load_torch_cache(model: Any, file_name: str, config: XKVConfig | None = None) -> Any:
+    """See :func:`xkv.load_torch_cache`."""
+    from xkv.backends.torch_cuda import files
+
+    return files.load_prompt_cache(model, file_name, config)

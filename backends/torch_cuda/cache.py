@@ -23,6 +23,7 @@ from xkv.backends.torch_cuda.probe import base_model, native_layers, probe_model
 from xkv.cache_plan import CachePlan
 from xkv.config import XKVConfig
 from xkv.errors import InputError
+from xkv.fingerprint import fingerprint
 from xkv.lowrank_cache import LowRankCache
 from xkv.report import Report
 from xkv.rope import Rope
@@ -342,8 +343,19 @@ def torch_cache(
     for sentence in plan.report().warnings():
         logger.warning(sentence)
     install(model)
-    _watch_calls(model)
-    return XKVCache(model.config, plan, backend or TorchBackend(model.device), on_progress)
+    watch_calls(model)
+    cache = XKVCache(model.config, plan, backend or TorchBackend(model.device), on_progress)
+    cache.sequences[0].fingerprint = model_fingerprint(model)
+    return cache
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """What a file says of the model that made its rows."""
+    parameters = dict(model.named_parameters())
+    return fingerprint(
+        ((name, tuple(x.shape)) for name, x in parameters.items()),
+        lambda name, n: parameters[name].detach().reshape(-1)[:n].float().cpu().numpy(),
+    )
 
 
 def plan_cache(model: PreTrainedModel, config: XKVConfig) -> CachePlan:
@@ -351,7 +363,7 @@ def plan_cache(model: PreTrainedModel, config: XKVConfig) -> CachePlan:
     return CachePlan.of_probe(type(model).__name__, config, probe_model(model))
 
 
-def _watch_calls(model: PreTrainedModel) -> None:
+def watch_calls(model: PreTrainedModel) -> None:
     """Tell a cache of ours of each call of its model, before the layers run."""
     base = base_model(model)
     if _before_call not in base._forward_pre_hooks.values():
