@@ -350,11 +350,14 @@ def torch_cache(
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """What a file says of the model that made its rows."""
-    parameters = dict(model.named_parameters())
+    """What a file says of the model that made its rows; of a sharded one, its rank's shard."""
+    parameters = {
+        name: getattr(x, "to_local", lambda x=x: x)().detach()
+        for name, x in model.named_parameters()
+    }
     return fingerprint(
         ((name, tuple(x.shape)) for name, x in parameters.items()),
-        lambda name, n: parameters[name].detach().reshape(-1)[:n].float().cpu().numpy(),
+        lambda name, n: parameters[name].reshape(-1)[:n].float().cpu().numpy(),
     )
 
 
