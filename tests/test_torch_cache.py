@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import xkv
 from tests.torch_models import FAMILIES, TINY, greedy, make_model, make_prompt
@@ -101,6 +102,40 @@ def test_later_turns_and_crop_are_exact():
             each.crop(-60)
         got, want = (run(prompt[:, 90:91], cache=each).logits for run, each in pairs)
         torch.testing.assert_close(got, want)
+
+
+class Watch(TorchDispatchMode):
+    """Notes the operations after which the host waits for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero"):
+            self.waits.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("attention", ["dense", "selective"])
+@pytest.mark.parametrize("n_padding", [0, 20])
+def test_decode_step_never_waits_for_the_device(monkeypatch, attention, n_padding):
+    model, prompt = make_model("llama"), make_prompt(400, batch=2)
+    mask = torch.ones_like(prompt)
+    mask[0, :n_padding] = 0
+    config = {"compression": 2, "attention": attention, "budget": 32, "max_tail": 16, "window": 16}
+    cache = xkv.torch_cache(model, **config)
+    greedy(model, prompt, mask, n=21, cache=cache)  # rows were folded meanwhile
+    layers = [sequence.layers[0] for sequence in cache.sequences]
+    assert all(
+        layer.n_recent and bool(layer.landmarks) == (attention == "selective") for layer in layers
+    )
+    mask = torch.ones(2, cache.get_seq_length() + 1, dtype=torch.long)
+    monkeypatch.setattr(cache.backend.xp, "asarray", None)
+    with torch.no_grad(), Watch() as watch:
+        model(prompt[:, :1], attention_mask=mask, cache=cache)
+    assert watch.waits == []
 
 
 @pytest.mark.parametrize(
