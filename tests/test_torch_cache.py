@@ -13,7 +13,7 @@ import xkv
 from tests.torch_models import FAMILIES, TINY, greedy, make_model, make_prompt
 from xkv import InputError
 from xkv.backends.torch_cuda.attention import ATTENTION, xkv_attention
-from xkv.backends.torch_cuda.cache import XKVLayer
+from xkv.backends.torch_cuda.cache_layer import XKVLayer
 
 EXACT = {"rank_k": "full", "rank_v": "full", "window": 16, "max_tail": 16, "group_size": 2}
 MLA = ("deepseek_v2", "deepseek_v3")
@@ -159,11 +159,27 @@ def test_attention_that_computes_something_else_is_refused_by_name():
     assert model.config._attn_implementation != ATTENTION
 
 
-def test_attention_that_cannot_be_replaced_is_refused_by_name(monkeypatch):
-    model = make_model("llama")
-    monkeypatch.setattr(type(model), "_can_set_attn_implementation", classmethod(lambda cls: False))
-    with pytest.raises(InputError, match="LlamaForCausalLM does not let its attention be replaced"):
+def test_attention_that_cannot_be_replaced_is_refused_by_name():
+    config = transformers.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=200)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(InputError, match="BloomForCausalLM does not let its attention be replaced"):
         xkv.torch_cache(model)
+
+
+def test_keys_with_an_unknown_rotation_are_kept_as_they_are_and_it_is_said(monkeypatch, caplog):
+    model, prompt = make_model("llama"), make_prompt(100)
+    want = greedy(model, prompt)
+    monkeypatch.setattr("xkv.backends.torch_cuda.probe.rope_candidates", lambda model: [])
+    cache = xkv.torch_cache(model, **EXACT)
+    assert caplog.text.count("LlamaForCausalLM rotates keys in a way that is not known") == 1
+    assert ours(cache)[0].rope is None
+    assert greedy(model, prompt, cache=cache) == want
+
+
+def test_report_names_what_is_left_native():
+    report = str(xkv.torch_cache(make_model("gemma3"), group_size=2).report)
+    assert "layer 0: native (keeps its own DynamicSlidingWindowLayer)" in report
+    assert "layer 1: compressed, with layers 1, 3" in report
 
 
 def test_four_dimensional_masks_and_beams_are_refused():

@@ -19,11 +19,11 @@ from xkv.backends.torch_cuda.attention import install
 from xkv.backends.torch_cuda.backend import TorchBackend
 from xkv.backends.torch_cuda.cache import (
     XKVCache,
-    XKVLayer,
     model_fingerprint,
     plan_cache,
     watch_calls,
 )
+from xkv.backends.torch_cuda.cache_layer import XKVLayer
 from xkv.cache_plan import CachePlan
 from xkv.cache_state import LAYER_CLASS, check_config, read_layer, write_layer
 from xkv.config import XKVConfig
@@ -53,6 +53,26 @@ def save_prompt_cache(
         path = path.with_name(path.name + ".safetensors")  # as mlx-lm does
     if cache.padding.is_token is not None:
         raise InputError("a batch with padding cannot be saved: save a cache of each sequence")
+    states, classes = _write(cache)
+    # one copy of each: safetensors refuses tensors that share memory
+    arrays = {
+        f"{i}.{j}": x.detach().clone(memory_format=torch.contiguous_format)
+        for i, state in enumerate(states)
+        for j, x in enumerate(state)
+    }
+    about = {f"0.{name}": text for name, text in (metadata or {}).items()}
+    about |= {f"1.{i}": name for i, name in enumerate(classes)}
+    about["2.0"] = ""
+    scalars = [f"{i}.2" for i, name in enumerate(classes) if name == _PLAIN_CLASS]
+    for i, name in enumerate(scalars, start=1):
+        about |= {f"2.{i}.0": name, f"2.{i}.1": "scalar"}
+    n_bytes = sum(x.nbytes for x in arrays.values())
+    with whole_file(path, n_bytes, (SafetensorError,)) as beside:
+        save_file(arrays, beside, about)
+
+
+def _write(cache: XKVCache) -> tuple[list[list[torch.Tensor]], list[str]]:
+    """Each layer's state, and mlx-lm's name for it."""
     states, classes = [], []
     for layer_idx, layer in enumerate(cache.layers):
         if isinstance(layer, XKVLayer):
@@ -66,21 +86,7 @@ def save_prompt_cache(
                 f"layer {layer_idx} keeps transformers' {type(layer).__name__}, which a cache file "
                 "cannot hold"
             )
-    # one copy of each: safetensors refuses tensors that share memory
-    arrays = {
-        f"{i}.{j}": x.detach().clone(memory_format=torch.contiguous_format)
-        for i, state in enumerate(states)
-        for j, x in enumerate(state)
-    }
-    scalars = [f"{i}.2" for i, name in enumerate(classes) if name == _PLAIN_CLASS]
-    about = {f"0.{name}": text for name, text in (metadata or {}).items()}
-    about |= {f"1.{i}": name for i, name in enumerate(classes)}
-    about["2.0"] = ""
-    for i, name in enumerate(scalars, start=1):
-        about |= {f"2.{i}.0": name, f"2.{i}.1": "scalar"}
-    n_bytes = sum(x.nbytes for x in arrays.values())
-    with whole_file(path, n_bytes, (SafetensorError,)) as beside:
-        save_file(arrays, beside, about)
+    return states, classes
 
 
 @dataclass(frozen=True)
@@ -141,18 +147,21 @@ def load_prompt_cache(
         raise InputError(f"{file_name}: {error}") from error
     cache = XKVCache(model.config, plan, backend, sequences=[lowrank])
     for layer, name, state in zip(cache.layers, file.classes, file.states, strict=True):
-        if isinstance(layer, XKVLayer):
-            continue
-        if name != _PLAIN_CLASS or type(layer) is not DynamicLayer:
-            raise InputError(
-                f"{file_name}: transformers' {type(layer).__name__} cannot take the rows of "
-                f"mlx-lm's {name}"
-            )
-        keys, values, n_rows = state
-        layer.update(*(x[..., : int(n_rows), :].clone() for x in (keys, values)))
+        if not isinstance(layer, XKVLayer):
+            _fill(layer, name, state)
     install(model)
     watch_calls(model)
     return cache
+
+
+def _fill(layer: Any, name: str, state: Sequence[torch.Tensor]) -> None:
+    """Give one of transformers' own layers the rows of mlx-lm's."""
+    if name != _PLAIN_CLASS or type(layer) is not DynamicLayer:
+        raise InputError(
+            f"the rows of mlx-lm's {name} cannot go into transformers' {type(layer).__name__}"
+        )
+    keys, values, n_rows = state
+    layer.update(*(x[..., : int(n_rows), :].clone() for x in (keys, values)))
 
 
 def _bind(

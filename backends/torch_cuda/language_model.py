@@ -10,7 +10,8 @@ import torch
 from transformers.cache_utils import Cache
 
 from xkv.backends.torch_cuda.attention import xkv_attention
-from xkv.backends.torch_cuda.cache import XKVLayer, plan_cache
+from xkv.backends.torch_cuda.cache import plan_cache
+from xkv.backends.torch_cuda.cache_layer import XKVLayer
 from xkv.backends.torch_cuda.engine import load_engine
 from xkv.backends.torch_cuda.probe import cache_argument
 from xkv.config import XKVConfig

@@ -18,7 +18,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from xkv.backends.torch_cuda.attention import ATTENTION, attention_forward, causal_mask
-from xkv.backends.torch_cuda.cache import XKVCache, XKVLayer
+from xkv.backends.torch_cuda.cache import XKVCache
+from xkv.backends.torch_cuda.cache_layer import XKVLayer
 from xkv.backends.torch_cuda.probe import base_model, cache_argument, set_attention
 from xkv.errors import InputError
 from xkv.layer_cache import DECODE_TOKENS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from xkv.backends.torch_cuda.ropes import rope_candidates
 from xkv.cache_plan import CacheProbe, KVShape, ModelProbe
 from xkv.errors import InputError
 from xkv.rope import RopeSpec
+
+logger = logging.getLogger("xkv")
 
 PROBE_TOKENS, PROBE_SHIFT = 12, 5
 
@@ -117,7 +120,7 @@ def probe_model(model: PreTrainedModel) -> ModelProbe:
     candidates = rope_candidates(model)
     first, second = (_run(model, start) for start in (0, PROBE_SHIFT))
     backend = TorchBackend(model.device, "off")
-    caches = []
+    caches, all_known = [], True
     for before, after in zip(first, second, strict=True):
         name = type(before).__name__
         if not isinstance(before, _ProbeLayer):
@@ -127,7 +130,8 @@ def probe_model(model: PreTrainedModel) -> ModelProbe:
         if shape is None:
             caches.append(CacheProbe(name, reason="keeps its own cache, whose rows are no keys"))
             continue
-        rope = _find_rope(backend, before.keys, after.keys, candidates)
+        rope, is_known = _find_rope(backend, before.keys, after.keys, candidates)
+        all_known = all_known and is_known
         # what the cache returns is not what attention takes: a latent, expanded on the way
         is_mla = (
             not before.reaches_attention
@@ -137,6 +141,12 @@ def probe_model(model: PreTrainedModel) -> ModelProbe:
         )
         shape = KVShape(shape.n_kv_heads, shape.key_dim, shape.value_dim, shape.item_bytes, is_mla)
         caches.append(CacheProbe("DynamicLayer", shape, rope, before.reaches_attention))
+    if not all_known:
+        logger.warning(
+            "%s rotates keys in a way that is not known here: they are factored as they are "
+            "cached, which loses more at the same rank",
+            type(model).__name__,
+        )
     return ModelProbe(tuple(caches))
 
 
@@ -193,8 +203,8 @@ def _check(model: PreTrainedModel, probes: Sequence[_ProbeLayer], n_calls: int) 
 
 def _find_rope(
     backend: TorchBackend, before: Any, after: Any, candidates: Sequence[RopeSpec]
-) -> RopeSpec | None:
-    """What rotated the keys of both passes; None if nothing did, or nothing that is known."""
+) -> tuple[RopeSpec | None, bool]:
+    """What rotated the keys of both passes, None if nothing did; and whether that is known."""
     before, after = before.float(), after.float()
 
     def difference(spec: RopeSpec | None) -> float:
@@ -208,4 +218,5 @@ def _find_rope(
 
     fitting = [spec for spec in candidates if spec.dims <= before.shape[-1]]
     best = min((None, *fitting), key=difference)
-    return best if difference(best) < ROPE_TOLERANCE else None
+    is_known = difference(best) < ROPE_TOLERANCE
+    return (best, True) if is_known else (None, False)
