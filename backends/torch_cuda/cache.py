@@ -70,7 +70,7 @@ class XKVCache(Cache):
             for i, native in enumerate(native_layers(self._model_config))
         ]
 
-    def clear(self) -> None:
+    def reset(self) -> None:
         """Forget everything."""
         whole = self.sequences[0]
         self.padding, self.sequences = Padding(), [self._new_sequence()]

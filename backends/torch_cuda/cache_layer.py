@@ -39,13 +39,14 @@ class Padding:
         self.rows = [row.nonzero()[:, 0] for row in rows] if rows.shape[1] > 1 else None
         self.is_token = torch.cat([self._before, self._call[:, :end]], dim=1)
 
-    def spread(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    def spread(self, like: torch.Tensor, parts: Sequence[torch.Tensor | None]) -> torch.Tensor:
         """Rows of each sequence, ``[1, n_kv_heads, tokens, dim]``, at their places in the batch."""
         assert self.is_token is not None
-        _, n_heads, _, dim = parts[0].shape
-        spread = parts[0].new_zeros(len(parts), n_heads, self.is_token.shape[1], dim)
+        batch, n_heads, _, dim = like.shape
+        spread = like.new_zeros(batch, n_heads, self.is_token.shape[1], dim)
         for row, is_token, part in zip(spread, self.is_token, parts, strict=True):
-            row[:, is_token] = part[0]
+            if part is not None:
+                row[:, is_token] = part[0]
         return spread
 
 
@@ -79,6 +80,7 @@ class XKVLayer(CacheLayerMixin, AttendingLayer):
         self._padding = padding or Padding()
         self.n_rows = self.parts[0].offset
         """Rows seen, padding included."""
+        self._value_dim = 0
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True
@@ -89,16 +91,20 @@ class XKVLayer(CacheLayerMixin, AttendingLayer):
         """Take new rows ``[B, n_kv_heads, L, head_dim]``; returns what the model consumes."""
         self.is_initialized = True
         self.n_rows += key_states.shape[-2]
+        self._value_dim = value_states.shape[-1]
         for part, keys, values in self._of_each(key_states, value_states):
             rope = None if self.rope is None else self.rope.at(part.offset + keys.shape[-2])
             part.append(keys, values, rope)
         if not self._returns_rows:
             return self, self
-        rows = [part.dense() for part in self.parts]
         if self._padding.is_token is None:
-            return rows[0]
-        keys, values = (self._padding.spread(parts) for parts in zip(*rows, strict=True))
-        return keys, values
+            return self.parts[0].dense()
+        rows = [part.dense() if part.offset else (None, None) for part in self.parts]
+        all_keys, all_values = zip(*rows, strict=True)
+        return (
+            self._padding.spread(key_states, all_keys),
+            self._padding.spread(value_states, all_values),
+        )
 
     def _of_each(self, *arrays: torch.Tensor) -> list[tuple[Any, ...]]:
         """Each part with its rows of some arrays ``[B, heads, L, dim]``; parts without are left."""
@@ -117,8 +123,7 @@ class XKVLayer(CacheLayerMixin, AttendingLayer):
         if self._padding.is_token is None:
             return _attend(self.parts[0], queries, scale)
         parts = {id(part): _attend(part, mine, scale) for part, mine in self._of_each(queries)}
-        dim = next(iter(parts.values())).shape[-1]
-        outputs = queries.new_zeros(*queries.shape[:-1], dim)
+        outputs = queries.new_zeros(*queries.shape[:-1], self._value_dim)
         for i, part in enumerate(self.parts):
             if id(part) not in parts:
                 continue
@@ -152,9 +157,6 @@ class XKVLayer(CacheLayerMixin, AttendingLayer):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         raise InputError("beam search over an xKV cache is not supported; use sampling or greedy")
-
-    def reset(self) -> None:
-        self.crop(-self.n_rows)
 
 
 def _attend(part: Any, queries: torch.Tensor, scale: float) -> torch.Tensor:

@@ -87,7 +87,7 @@ def prefill(
         problem = str(error).splitlines()[0]
     # out of the handler, which keeps the tensors of its frames alive
     if problem is not None:
-        cache.clear()
+        cache.reset()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -118,7 +118,7 @@ def _prefill(
                 "generate without a prefill"
             ) from error
         reason = str(error)
-    cache.clear()
+    cache.reset()
     logger.warning(
         "prompts of %s are compressed in segments as they stream in, and later parts see the "
         "compressed earlier ones: %s",
