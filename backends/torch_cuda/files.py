@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from xkv.attention import RopeRun
 from xkv.backends.torch_cuda.attention import install
@@ -24,15 +23,13 @@ from xkv.backends.torch_cuda.cache import (
     watch_calls,
 )
 from xkv.backends.torch_cuda.cache_layer import XKVLayer
+from xkv.backends.torch_cuda.native_state import read_native, write_native
 from xkv.cache_plan import CachePlan
 from xkv.cache_state import LAYER_CLASS, check_config, read_layer, write_layer
 from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.lowrank_cache import LowRankCache
 from xkv.whole_file import whole_file
-
-_PLAIN_CLASS = "KVCache"
-"""mlx-lm's full cache: keys, values and how many of their rows are in use."""
 
 
 def save_prompt_cache(
@@ -63,7 +60,7 @@ def save_prompt_cache(
     about = {f"0.{name}": text for name, text in (metadata or {}).items()}
     about |= {f"1.{i}": name for i, name in enumerate(classes)}
     about["2.0"] = ""
-    scalars = [f"{i}.2" for i, name in enumerate(classes) if name == _PLAIN_CLASS]
+    scalars = [name for name, x in arrays.items() if x.ndim == 0]
     for i, name in enumerate(scalars, start=1):
         about |= {f"2.{i}.0": name, f"2.{i}.1": "scalar"}
     n_bytes = sum(x.nbytes for x in arrays.values())
@@ -78,14 +75,15 @@ def _write(cache: XKVCache) -> tuple[list[list[torch.Tensor]], list[str]]:
         if isinstance(layer, XKVLayer):
             states.append([_unsigned(x) for x in write_layer(layer.parts[0], layer.rope)])
             classes.append(LAYER_CLASS)
-        elif type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
-            states.append([layer.keys, layer.values, torch.tensor(layer.get_seq_length())])
-            classes.append(_PLAIN_CLASS)
-        else:
+            continue
+        native = write_native(layer)
+        if native is None:
             raise InputError(
                 f"layer {layer_idx} keeps transformers' {type(layer).__name__}, which a cache file "
                 "cannot hold"
             )
+        classes.append(native[0])
+        states.append(native[1])
     return states, classes
 
 
@@ -148,20 +146,10 @@ def load_prompt_cache(
     cache = XKVCache(model.config, plan, backend, sequences=[lowrank])
     for layer, name, state in zip(cache.layers, file.classes, file.states, strict=True):
         if not isinstance(layer, XKVLayer):
-            _fill(layer, name, state)
+            read_native(layer, name, state)
     install(model)
     watch_calls(model)
     return cache
-
-
-def _fill(layer: Any, name: str, state: Sequence[torch.Tensor]) -> None:
-    """Give one of transformers' own layers the rows of mlx-lm's."""
-    if name != _PLAIN_CLASS or type(layer) is not DynamicLayer:
-        raise InputError(
-            f"the rows of mlx-lm's {name} cannot go into transformers' {type(layer).__name__}"
-        )
-    keys, values, n_rows = state
-    layer.update(*(x[..., : int(n_rows), :].clone() for x in (keys, values)))
 
 
 def _bind(
