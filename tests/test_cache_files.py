@@ -32,8 +32,11 @@ CONFIGS = {
     },
 }
 PROMPT = make_prompt(200)[0].tolist()
-N_BEFORE, N_AFTER = 5, 40
-OPTIONS = {"gemma3": {"sliding_window_pattern": 2, "query_pre_attn_scalar": 16}}
+N_BEFORE, N_AFTER = 24, 40  # rows were folded before and will be after
+OPTIONS = {
+    "llama": {"head_dim": 32},  # landmarks are quantized
+    "gemma3": {"sliding_window_pattern": 2, "query_pre_attn_scalar": 16},
+}
 
 
 class Sides:
@@ -203,3 +206,15 @@ def test_batch_with_padding_is_refused(model, tmp_path):
     greedy(model, rows, mask, cache=cache)
     with pytest.raises(InputError, match="padding cannot be saved"):
         xkv.save_prompt_cache(str(tmp_path / "a"), cache)
+
+
+def test_latents_go_on_where_they_were_made(tmp_path):
+    model, prompt, file = make_model("deepseek_v3"), make_prompt(200), str(tmp_path / "a")
+    cache = xkv.torch_cache(model, rank_k=40, rank_v=8, window=16)
+    xkv.torch_prefill(model, cache, prompt)
+    xkv.save_prompt_cache(file, cache)
+    again = xkv.load_torch_cache(model, f"{file}.safetensors")
+    assert again.sequences[0].groups[0].is_compressed
+    assert greedy(model, prompt, cache=again) == greedy(model, prompt, cache=cache)
+    with pytest.raises(InputError, match="latents of an MLA model"):
+        xkv.load_prompt_cache(f"{file}.safetensors")
