@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,11 @@ def copied(cache: Cache, copy_of: Callable[[torch.Tensor], torch.Tensor]) -> Any
         if isinstance(x, tuple):
             parts = [replaced(part) for part in x]
             return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
+        if dataclasses.is_dataclass(x):
+            parts = {
+                field.name: replaced(getattr(x, field.name)) for field in dataclasses.fields(x)
+            }
+            return dataclasses.replace(x, **parts)
         return x
 
     # factors and landmarks are immutable and so were not copied

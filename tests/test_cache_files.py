@@ -19,17 +19,12 @@ from tests.torch_models import greedy, make_model, make_prompt
 from xkv import InputError
 from xkv.backends.torch_cuda.native_state import ROTATING, read_native, write_native
 
+DENSE = {"window": 16, "max_tail": 16}
+RANKS = {"rank_k": 24, "rank_v": 32}
 CONFIGS = {
-    "full": {"rank_k": "full", "rank_v": "full", "window": 16, "max_tail": 16},
-    "dense": {"compression": 3, "window": 16, "max_tail": 16},
-    "selective": {
-        "compression": 2,
-        "window": 16,
-        "max_tail": 16,
-        "attention": "selective",
-        "budget": 48,
-        "last_layer": 3,
-    },
+    "full": {"rank_k": "full", "rank_v": "full", **DENSE},
+    "dense": {**RANKS, **DENSE},
+    "selective": {**RANKS, **DENSE, "attention": "selective", "budget": 48, "last_layer": 3},
 }
 PROMPT = make_prompt(200)[0].tolist()
 N_BEFORE, N_AFTER = 24, 40  # rows were folded before and will be after
@@ -128,7 +123,7 @@ def test_sliding_window_goes_both_ways(n_rows, one_by_one):
 
 def test_bfloat16_survives_both_ways(tmp_path):
     sides, file = Sides(tmp_path, "llama", "bfloat16"), str(tmp_path / "cache.safetensors")
-    cache = xkv.torch_cache(sides.torch, compression=3)
+    cache = xkv.torch_cache(sides.torch, **CONFIGS["dense"])
     sides.run_torch(PROMPT, cache, N_BEFORE)
     written = [layer.parts[0].arrays() for layer in cache.layers]
     xkv.save_prompt_cache(file, cache)

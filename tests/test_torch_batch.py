@@ -10,15 +10,10 @@ from tests.torch_models import FAMILIES, greedy, make_model, make_prompt
 from xkv import InputError
 
 EXACT = {"rank_k": "full", "rank_v": "full", "window": 16, "max_tail": 16, "group_size": 2}
+RANKS = {"rank_k": 40, "rank_v": 56, "window": 16, "max_tail": 16}
 COMPRESSED = {
-    "dense": {"compression": 3, "window": 16, "max_tail": 16},
-    "selective": {
-        "compression": 2,
-        "window": 16,
-        "max_tail": 16,
-        "attention": "selective",
-        "budget": 32,
-    },
+    "dense": {**RANKS, "attention": "dense"},
+    "selective": {**RANKS, "attention": "selective", "budget": 32},
 }
 LENGTHS = (130, 40, 97)
 

@@ -124,8 +124,8 @@ def test_decode_step_never_waits_for_the_device(monkeypatch, attention, n_paddin
     model, prompt = make_model("llama"), make_prompt(400, batch=2)
     mask = torch.ones_like(prompt)
     mask[0, :n_padding] = 0
-    config = {"compression": 2, "attention": attention, "budget": 32, "max_tail": 16, "window": 16}
-    cache = xkv.torch_cache(model, **config)
+    config = {"rank_k": 40, "rank_v": 56, "budget": 32, "max_tail": 16, "window": 16}
+    cache = xkv.torch_cache(model, attention=attention, **config)
     greedy(model, prompt, mask, n=21, cache=cache)  # rows were folded meanwhile
     layers = [sequence.layers[0] for sequence in cache.sequences]
     assert all(

@@ -25,6 +25,7 @@ LOGITS_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 """Relative L2 error of a step's logits, by the dtype that MLX computes in."""
 
 PROMPT_TOKENS = 400
+RANK = 64
 FORMS: dict[str, dict[str, Any]] = {
     "lowrank": {"attention": "dense"},
     "selected": {"attention": "selective", "budget": 128, **SELECTION},
@@ -136,7 +137,7 @@ def compare_generation(model: str, max_tokens: int) -> Iterator[Line]:
     backend = mlx_model.backend
     dtype = str(mlx_model.dtype).rsplit(".", 1)[-1]
     for attention, options in FORMS.items():
-        config = XKVConfig(window=24, **options)
+        config = XKVConfig(rank_k=RANK, rank_v=RANK, window=24, **options)
         answer, want = _greedy_steps(torch_model, tokens, config, max_tokens)
         _, got = _greedy_steps(mlx_model, tokens, config, max_tokens, answer)
         path = backend.kernels.last_path.get(f"{attention}_attention", "plain")
