@@ -71,6 +71,17 @@ def test_model_that_cannot_goes_on_as_a_stream_and_says_so(caplog):
     assert [vars(layer)["forward"] for layer in model.model.layers] == originals
 
 
+def test_list_of_other_layers_is_noticed(caplog):
+    model, prompt = make_model("llama"), make_prompt(150)
+    want = greedy(model, prompt)
+    cache = xkv.torch_cache(model, **EXACT)
+    others = torch.nn.ModuleList(torch.nn.Identity() for _ in range(5))
+    model.model._modules = {"vision": others, **model.model._modules}
+    xkv.torch_prefill(model, cache, prompt, **STEP)
+    assert "the layers that it lists are not called" in caplog.text
+    assert greedy(model, prompt, cache=cache) == want
+
+
 def test_out_of_memory_is_one_sentence_and_leaves_the_model_usable(monkeypatch):
     model, prompt = make_model("llama"), make_prompt(150)
     want = greedy(model, prompt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -82,9 +83,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         for backend in backends:
             print(f"{backend.name} runs on {backend.device_name}")
         print(f"\n{HEADER}")
-        for line in (
-            *compare_operations(backends),
-            *compare_generation(args.model or str(CHECKPOINT_DIR), args.max_tokens),
+        for line in itertools.chain(
+            compare_operations(backends),
+            compare_generation(args.model or str(CHECKPOINT_DIR), args.max_tokens),
         ):
             print(line, flush=True)
             lines.append(line)

@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from xkv.backends.torch_cuda.attention import AttendingLayer, causal_attention, is_seen
 from xkv.errors import InputError
+from xkv.layer_cache import FUSED_QUERIES, LayerCache
 from xkv.rope import Rope
 
 
@@ -161,9 +162,10 @@ class XKVLayer(CacheLayerMixin, AttendingLayer):
 
 def _attend(part: Any, queries: torch.Tensor, scale: float) -> torch.Tensor:
     """Causal attention of the newest tokens over one part."""
-    if not part.is_compressed:
+    n_queries = queries.shape[-2]
+    is_fused = isinstance(part, LayerCache) and n_queries >= FUSED_QUERIES
+    if is_fused or not part.is_compressed:
         keys, values = part.dense()
         return causal_attention(queries, keys, values, scale)
-    n_queries = queries.shape[-2]
     mask = is_seen(n_queries, part.offset, queries.device) if n_queries > 1 else None
     return part.attend(queries, scale, mask)

@@ -168,15 +168,18 @@ def _chunked_layers(
     """Inside, the layers of one model take the rows of one call chunk by chunk."""
     layers = decoder_layers(model, len(cache.layers))
     own = [vars(layer).get("forward") for layer in layers]
+    called: list[int] = []
     before = model.config._attn_implementation
     AttentionInterface.register(LAYERWISE, attention_forward)
     AttentionMaskInterface.register(LAYERWISE, _later_mask)
     try:
         set_attention(model, LAYERWISE)
         for layer_idx, layer in enumerate(layers):
-            run = _LayerRun(cache, layer_idx, layer.forward, n_rows, step_size, on_progress)
+            run = _LayerRun(cache, layer_idx, layer.forward, n_rows, step_size, on_progress, called)
             layer.forward = run  # type: ignore[assignment]
         yield
+        if called != list(range(len(layers))):
+            raise CannotChunk("the layers that it lists are not called once each in their order")
     finally:
         for layer, forward in zip(layers, own, strict=True):
             vars(layer).pop("forward", None)
@@ -195,10 +198,13 @@ class _LayerRun:
     n_rows: int
     step_size: int
     on_progress: Progress
+    called: list[int]
+    """Layers that were, in order."""
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args or hidden_states.ndim != 3 or hidden_states.shape[1] != self.n_rows:
             raise CannotChunk("a layer is called with more than hidden states and named arguments")
+        self.called.append(self.layer_idx)
         cached = self.cache.layers[self.layer_idx]
         for part in cached.parts if isinstance(cached, XKVLayer) else []:
             part.reserve(self.n_rows)
@@ -214,6 +220,8 @@ class _LayerRun:
             self.on_progress(done // len(self.cache.layers), self.n_rows)
         for part in cached.parts if isinstance(cached, XKVLayer) else []:
             if part is part.group.layers[-1]:
+                # so that the layers' time does not count as the factorization's
+                self.cache.backend.evaluate(output)
                 part.group.settle()
         return output
 
