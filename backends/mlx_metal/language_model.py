@@ -10,7 +10,7 @@ import mlx.core as mx
 
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.cache import XKVCache
-from xkv.backends.mlx_metal.enable import CachePlan, model_name
+from xkv.backends.mlx_metal.enable import model_name, plan_cache
 from xkv.backends.mlx_metal.engine import load_engine
 from xkv.backends.mlx_metal.seam import attention_seam
 from xkv.config import XKVConfig
@@ -38,7 +38,7 @@ class MLXLanguageModel(LanguageModel):
             model, trust_remote_code=trust_remote_code, kernels="auto" if on_gpu else "off"
         )
         self._engine, self.model = engine, engine.model
-        probes = CachePlan.of(self.model, XKVConfig()).probe.caches
+        probes = plan_cache(self.model, XKVConfig()).probe.caches
         if len({probe.shape for probe in probes}) > 1 or any(
             probe.shape is None or probe.shape.is_mla or not probe.reaches_seam for probe in probes
         ):

@@ -166,10 +166,11 @@ class LanguageModel(ABC):
             layers[0].scale,
             self.dtype,
             seed,
-            self._make_cache,
+            self.make_cache,
         )
 
-    def _make_cache(self, config: XKVConfig) -> LowRankCache:
+    def make_cache(self, config: XKVConfig) -> LowRankCache:
+        """An empty low-rank cache for the model's layers."""
         groups = make_groups(config, len(self.ropes))
         n_dense = len(self.ropes) - sum(map(len, groups))
         return LowRankCache(self.backend, config, groups, n_dense)
