@@ -68,6 +68,7 @@ def load_torch_cache(
     Raises:
         InputError: If the file is missing or broken, or of another model, configuration or version.
     """
-    if config is None and options:
-        config = XKVConfig(**options)
+    if config is not None and options:
+        raise TypeError("give either a config or its options, not both")
+    config = XKVConfig(**options) if options else config
     return load_backend_module("torch").load_torch_cache(model, file_name, config)
