@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.decode_cases import CASES, CHUNK_SIZE, DTYPES, DecodeInputs, make_inputs
-from tests.tolerances import PLAIN_TOLERANCE, relative_error
 from xkv import load_backend
 from xkv.attention import RopeRun
 from xkv.backend import Backend
+from xkv.decode_cases import CASES, CHUNK_SIZE, DTYPES, DecodeInputs, make_inputs
 from xkv.rope import RopeSpec
 from xkv.selection import chunk_rows, make_landmarks
+from xkv.tolerances import PLAIN_TOLERANCE, relative_error
 
 
 def dense(backend: Backend, x: DecodeInputs) -> Any:

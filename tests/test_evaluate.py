@@ -15,7 +15,6 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache as make_native_cache
 
 from tests.tiny_models import ARCHITECTURES, write_checkpoint
-from tests.tolerances import relative_error
 from xkv import InputError, XKVConfig, evaluate
 from xkv.backends.mlx_metal import attention_seam, make_prompt_cache
 from xkv.evaluation import load_language_model
@@ -24,6 +23,7 @@ from xkv.evaluation.store import RESULTS, Key, Store
 from xkv.evaluation.summary import Cell, collect, csv_text, markdown, rows_of
 from xkv.tasks import TASKS
 from xkv.tiny import CHECKPOINT_DIR
+from xkv.tolerances import relative_error
 
 LENGTH = 500
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tolerances import TOLERANCE, relative_error
 from xkv import InputError, factorize, load_backend
+from xkv.tolerances import TOLERANCE, relative_error
 
 N_LAYERS, N_KV_HEADS, HEAD_DIM = 3, 2, 8
 WIDTH = N_LAYERS * N_KV_HEADS * HEAD_DIM

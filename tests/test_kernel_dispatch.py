@@ -10,10 +10,10 @@ import mlx.core as mx
 import pytest
 
 import xkv
-from tests.decode_cases import CASES, CHUNK_SIZE, make_inputs
 from tests.test_metal_chunk_scores import make_inputs as make_chunk_inputs
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.kernels import chunk_scores, common
+from xkv.decode_cases import CASES, CHUNK_SIZE, make_inputs
 from xkv.kernels import KernelDispatch
 
 pytest_plugins = ["tests.metal_device"]

@@ -8,12 +8,12 @@ import pytest
 
 import xkv
 from tests import metal_emulator as emulator
-from tests.decode_cases import DTYPES
-from tests.tolerances import TOLERANCE, relative_error
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.kernels import chunk_scores, common
 from xkv.backends.mlx_metal.kernels.chunk_scores import TILE, ChunkScores
+from xkv.decode_cases import DTYPES
 from xkv.selection import Landmarks
+from xkv.tolerances import TOLERANCE, relative_error
 
 pytest_plugins = ["tests.metal_device"]
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests import metal_emulator as emulator
 from tests.metal_emulator import sample_kernels
-from tests.tolerances import TOLERANCE, relative_error
+from xkv.tolerances import TOLERANCE, relative_error
 
 pytestmark = pytest.mark.skipif(
     emulator.why_unavailable() is not None, reason=str(emulator.why_unavailable())

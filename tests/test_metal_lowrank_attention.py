@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from tests import metal_emulator as emulator
-from tests.decode_cases import CASES, DTYPES, DecodeCase, DecodeInputs, make_inputs
-from tests.tolerances import TOLERANCE, relative_error
 from xkv import attention
 from xkv.attention import RopeRun
 from xkv.backend import Backend
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.kernels import lowrank_attention
+from xkv.decode_cases import CASES, DTYPES, DecodeCase, DecodeInputs, make_inputs
 from xkv.kernels import CHECK_TOLERANCE
 from xkv.rope import RopeSpec
+from xkv.tolerances import TOLERANCE, relative_error
 
 pytest_plugins = ["tests.metal_device"]
 

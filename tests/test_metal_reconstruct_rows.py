@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from tests import metal_emulator as emulator
-from tests.decode_cases import CASES, CHUNK_SIZE, DTYPES, DecodeCase, make_inputs
-from tests.tolerances import TOLERANCE, relative_error
 from xkv import selection
 from xkv.attention import RopeRun, Segment
 from xkv.backend import Backend
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.kernels import common, reconstruct_rows
+from xkv.decode_cases import CASES, CHUNK_SIZE, DTYPES, DecodeCase, make_inputs
 from xkv.rope import RopeSpec
+from xkv.tolerances import TOLERANCE, relative_error
 
 pytest_plugins = ["tests.metal_device"]
 

@@ -11,11 +11,11 @@ import pytest
 
 import xkv
 from tests import metal_emulator as emulator
-from tests.decode_cases import CASES, CHUNK_SIZE, DTYPES, DecodeCase, DecodeInputs, make_inputs
-from tests.tolerances import TOLERANCE, relative_error
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.kernels import common, selected_attention
 from xkv.backends.mlx_metal.kernels.selected_attention import ROWS, SelectedAttention
+from xkv.decode_cases import CASES, CHUNK_SIZE, DTYPES, DecodeCase, DecodeInputs, make_inputs
+from xkv.tolerances import TOLERANCE, relative_error
 
 pytest_plugins = ["tests.metal_device"]
 

@@ -12,7 +12,6 @@ import pytest
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 import xkv
-from tests.tolerances import TOLERANCE, relative_error
 from xkv import InputError
 from xkv.evaluation.methods import Document, parse_method
 from xkv.evaluation.methods.snapkv import max_pool, watched_weights
@@ -20,6 +19,7 @@ from xkv.evaluation.prefix import Prefix
 from xkv.grouping import make_groups
 from xkv.lowrank_cache import LowRankCache
 from xkv.rope import RopeSpec
+from xkv.tolerances import TOLERANCE, relative_error
 
 N_HEADS, N_KV_HEADS, N_WATCHED = 4, 2, 32
 FREE = ["rotating", "snapkv", "snapkv-query", "xkv", "svd", "xkv:attention=selective,budget=256"]
@@ -73,6 +73,7 @@ def make_document(
         head_dim**-0.5,
         xp.float32,
         3,
+        (None,) * n_layers,
         make_cache,
     )
 

@@ -10,11 +10,12 @@ import torch
 import transformers
 from mlx_lm.models.cache import make_prompt_cache as make_native_cache
 
-from tests.tolerances import relative_error
 from xkv import XKVConfig, load_backend
 from xkv.backends.mlx_metal import attention_seam, make_prompt_cache
-from xkv.backends.torch_cuda.cache import make_cache, xkv_attention
+from xkv.backends.torch_cuda.attention import xkv_attention
+from xkv.backends.torch_cuda.cache import torch_cache
 from xkv.tiny import CHECKPOINT_DIR, make_document
+from xkv.tolerances import relative_error
 
 N_STEPS = 4
 SMALL = {"window": 24, "group_size": 8}
@@ -71,13 +72,13 @@ def mlx_steps(model, tokens, config) -> np.ndarray:
 def torch_steps(model, tokens, config) -> np.ndarray:
     cache = transformers.DynamicCache(config=model.config)
     if config is not None:
-        cache = make_cache(model, config, backend=load_backend("torch", device="cpu"))
+        cache = torch_cache(model, config, backend=load_backend("torch", device="cpu"))
     logits = []
     with xkv_attention(model):
-        model(torch.tensor([tokens[:-1]]), past_key_values=cache)
+        model(torch.tensor([tokens[:-1]]), cache=cache)
         token = tokens[-1]
         for _ in range(N_STEPS):
-            step = model(torch.tensor([[token]]), past_key_values=cache)
+            step = model(torch.tensor([[token]]), cache=cache)
             logits.append(step.logits[0, -1].numpy())
             token = int(logits[-1].argmax())
     return np.stack(logits)

@@ -12,13 +12,13 @@ import pytest
 
 import xkv
 from tests.tiny_models import ARCHITECTURES, write_checkpoint
-from tests.tolerances import TOLERANCE, relative_error
 from xkv import InputError, XKVConfig, cache_prompt, calibrate, evaluate, generate, load_profile
 from xkv.calibrate import prompt_tokens
 from xkv.evaluation import load_language_model
 from xkv.evaluation.run import make_settings
 from xkv.profile import ModelIdentity, Profile, find_profile, profile_path
 from xkv.tiny import CHECKPOINT_DIR, make_document
+from xkv.tolerances import TOLERANCE, relative_error
 
 TEXT = make_document(seed=3, n_tokens=400).text
 IDENTITY = ModelIdentity("llama", 5, 2, 16, 16)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from mlx_lm.models import rope_utils
 
-from tests.tolerances import TOLERANCE, relative_error
 from xkv import InputError, RopeSpec
 from xkv.backends.mlx_metal.ropes import rope_of
+from xkv.tolerances import TOLERANCE, relative_error
 
 LLAMA3 = {
     "rope_type": "llama3",

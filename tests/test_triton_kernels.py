@@ -19,13 +19,13 @@ import torch
 
 import xkv
 from tests.conftest import need_device
-from tests.decode_cases import CASES, CHUNK_SIZE, DTYPES, DecodeCase, DecodeInputs, make_inputs
-from tests.tolerances import TOLERANCE, relative_error
 from xkv.attention import RopeRun
 from xkv.backend import Backend
 from xkv.backends.torch_cuda import kernels as triton_kernels
+from xkv.decode_cases import CASES, CHUNK_SIZE, DTYPES, DecodeCase, DecodeInputs, make_inputs
 from xkv.lowrank_cache import LowRankCache
 from xkv.selection import Landmarks, make_landmarks
+from xkv.tolerances import TOLERANCE, relative_error
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: pip install triton (Linux)")

@@ -8,6 +8,7 @@ from xkv.grouping import make_groups
 from xkv.profile import Profile, load_profile
 from xkv.prompt_cache import disable, enable, load_prompt_cache, save_prompt_cache
 from xkv.rope import RopeSpec
+from xkv.transformers_cache import load_torch_cache, torch_cache, torch_prefill
 
 __all__ = [
     "InputError",
@@ -20,6 +21,9 @@ __all__ = [
     "load_backend",
     "load_profile",
     "load_prompt_cache",
+    "load_torch_cache",
     "make_groups",
     "save_prompt_cache",
+    "torch_cache",
+    "torch_prefill",
 ]

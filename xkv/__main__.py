@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": "score compressed caches on long-context tasks",
     "calibrate": "find the layers that are alike, and keep it as a model's profile",
     "inspect": "plot spectra, similarity of layers, errors and bits of a compressed cache",
+    "parity": "whether both backends compute the same here",
     "plan": "what fits into this machine's memory",
     "doctor": "which kernels work here, and how fast",
 }

@@ -41,15 +41,19 @@ def disable(model: Any) -> None:
     load_backend_module("mlx").disable(model)
 
 
-def save_prompt_cache(
-    file_name: str, cache: list[Any], metadata: dict[str, str] | None = None
-) -> None:
-    """``mlx_lm.models.cache.save_prompt_cache``; an older file survives a failure.
+def save_prompt_cache(file_name: str, cache: Any, metadata: dict[str, str] | None = None) -> None:
+    """Save a cache for either side; an older file survives a failure.
+
+    Args:
+        file_name: A ``.safetensors`` file, laid out as mlx-lm's prompt caches.
+        cache: mlx-lm's list of caches, or what :func:`xkv.torch_cache` gave.
+        metadata: Strings to keep with it.
 
     Raises:
         InputError: If the file cannot be written.
     """
-    load_backend_module("mlx").save_prompt_cache(file_name, cache, metadata)
+    backend = "mlx" if isinstance(cache, list) else "torch"
+    load_backend_module(backend).save_prompt_cache(file_name, cache, metadata)
 
 
 def load_prompt_cache(file_name: str, return_metadata: bool = False) -> Any:

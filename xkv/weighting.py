@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from xkv.errors import InputError
 
@@ -10,6 +11,9 @@ if TYPE_CHECKING:
     from xkv.backend import Array, Backend
     from xkv.layer_cache import LayerCache
     from xkv.rope import RopeSpec
+
+PROJECTIONS = ("o_proj", "out_proj", "wo", "c_proj", "dense")
+"""What models call the linear layer after attention."""
 
 FLOOR = 1e-3
 """Weights below this share of a layer's mean count as much: their columns are kept too."""
@@ -84,3 +88,28 @@ def head_energy(backend: Backend, x: Array, n_kv_heads: int) -> Array:
     wide = xp.astype(x, backend.accumulate_dtype(x))
     by_head = xp.sum(wide * wide, axis=(0, 2))
     return xp.sum(xp.reshape(by_head, (n_kv_heads, -1, x.shape[-1])), axis=1)
+
+
+def find_projection(modules: Iterable[tuple[str, Any]]) -> Any | None:
+    """The linear layer after attention, among a decoder layer's modules by their paths."""
+    for path, module in modules:
+        parent, _, name = path.rpartition(".")
+        if name in PROJECTIONS and "att" in parent.lower():
+            return module
+    return None
+
+
+def output_energy(backend: Backend, weight: Array, n_kv_heads: int, value_dim: int) -> Array | None:
+    """Squares of an output projection's weights by the value feature they read.
+
+    Args:
+        weight: ``[hidden, n_heads * value_dim]``.
+
+    Returns:
+        ``[n_kv_heads, value_dim]``, or None if the weight is of another form.
+    """
+    n_features = weight.shape[-1]
+    if n_features % (n_kv_heads * value_dim):
+        return None
+    heads = backend.xp.reshape(weight, (1, -1, n_features // value_dim, value_dim))
+    return head_energy(backend, backend.xp.permute_dims(heads, (0, 2, 1, 3)), n_kv_heads)

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx_lm.models import cache as mlx_cache
 from mlx_lm.models.base import create_causal_mask
 
-from xkv.backends.mlx_metal import cache_state
+from xkv import cache_state
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.seam import AttendingCache
 from xkv.config import XKVConfig
@@ -104,7 +104,7 @@ class XKVCache(mlx_cache._BaseCache, AttendingCache):
 
     @state.setter
     def state(self, value: list[mx.array]) -> None:
-        self.__init__(*cache_state.read_layer(value))  # type: ignore[misc]
+        self.__init__(*cache_state.read_layer(value, MLXBackend))  # type: ignore[misc]
 
     @property
     def meta_state(self) -> str:
@@ -162,7 +162,7 @@ def make_prompt_cache(
     Raises:
         InputError: If no layer can be compressed, or a rotary embedding is not known, by name.
     """
-    from xkv.backends.mlx_metal.enable import CachePlan
+    from xkv.backends.mlx_metal.enable import plan_cache, planned_caches
 
-    plan = CachePlan.of(model, config or XKVConfig())
-    return plan.make(backend or MLXBackend(), on_progress)
+    plan = plan_cache(model, config or XKVConfig())
+    return planned_caches(model, plan, backend or MLXBackend(), on_progress)

@@ -16,10 +16,10 @@ import mlx.core as mx
 from xkv.backends.mlx_metal import seam
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.enable import (
-    CachePlan,
     disable,
     enable,
     enabled_state,
+    identity_of,
     lowrank_cache,
 )
 from xkv.backends.mlx_metal.engine import load_errors
@@ -166,7 +166,7 @@ class Command:
                 loaded = load(path, *args, **kwargs)
             model, config = loaded[0], self.config
             if config is not None and profile is not None:
-                config = profile.apply(config, CachePlan.of(model, config).identity)
+                config = profile.apply(config, identity_of(model, config))
             if config is not None and enabled_state(model) is None:
                 self.take_model(model, config)
             return loaded

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 import logging
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as mlx_cache
 
@@ -18,118 +17,69 @@ from xkv.backends.mlx_metal import seam
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.cache import XKVCache
 from xkv.backends.mlx_metal.prefill import LayerwisePrefill, Prefill, flatten
-from xkv.backends.mlx_metal.probe import ModelProbe, probe_model
-from xkv.backends.mlx_metal.projection import output_energy
+from xkv.backends.mlx_metal.probe import probe_model
+from xkv.backends.mlx_metal.projection import output_energies
+from xkv.cache_plan import CachePlan
+from xkv.cache_state import check_config
 from xkv.config import XKVConfig
 from xkv.errors import InputError
-from xkv.grouping import make_groups
+from xkv.fingerprint import fingerprint
 from xkv.layer_cache import DECODE_TOKENS
 from xkv.lowrank_cache import LowRankCache
 from xkv.profile import ModelIdentity
-from xkv.report import LayerKind, LayerReport, Report
+from xkv.report import Report
 
 _log = logging.getLogger("xkv")
 _ATTRIBUTE = "_xkv"
 
 
-@dataclass(frozen=True)
-class CachePlan:
-    """What becomes of each of a model's caches.
+def plan_cache(model: nn.Module, config: XKVConfig) -> CachePlan:
+    """Look at a model, and decide what becomes of each of its caches.
 
-    Args:
-        model: The model.
-        config: As asked for.
-        probe: What the model asks of its caches.
-        groups: Indices of the caches that share a latent.
+    Raises:
+        InputError: If nothing of it can be compressed, with the reason.
     """
+    enabled = enabled_state(model)
+    if enabled is not None:
+        return CachePlan.of_probe(model_name(model), config, enabled.plan.probe)
+    layers = LayerwisePrefill(model)
+    try:
+        return CachePlan.of_probe(model_name(model), config, probe_model(model, layers))
+    finally:
+        layers.remove()
 
-    model: nn.Module
-    config: XKVConfig
-    probe: ModelProbe
-    groups: tuple[tuple[int, ...], ...]
 
-    @classmethod
-    def of(cls, model: nn.Module, config: XKVConfig) -> CachePlan:
-        """Look at a model.
+def planned_caches(
+    model: nn.Module,
+    plan: CachePlan,
+    backend: MLXBackend,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Any]:
+    """A new prompt cache for a model."""
+    energies = output_energies(backend, model, plan)
+    cache = plan.lowrank_cache(backend, on_progress, energies)
+    ropes = [probe.rope for probe in plan.probe.caches]
+    numbers = iter(range(len(ropes)))
 
-        Raises:
-            InputError: If nothing of it can be compressed, with the reason.
-        """
-        enabled = enabled_state(model)
-        if enabled is not None:
-            return cls.from_probe(model, config, enabled.plan.probe)
-        layers = LayerwisePrefill(model)
-        try:
-            return cls.from_probe(model, config, probe_model(model, layers))
-        finally:
-            layers.remove()
+    def compressed(native: Any) -> Any:
+        if hasattr(native, "caches"):
+            native.caches = tuple(compressed(part) for part in native.caches)
+            return native
+        i = next(numbers)
+        return XKVCache(cache.layers[i], ropes[i]) if i in cache.layers else native
 
-    @classmethod
-    def from_probe(cls, model: nn.Module, config: XKVConfig, probe: ModelProbe) -> CachePlan:
-        """The plan for a model that was looked at."""
-        kinds = [cache.shape for cache in probe.caches]
-        if not any(kinds):
-            reasons = sorted({cache.reason for cache in probe.caches if cache.reason})
-            raise InputError(
-                f"{model_name(model)} has no layer with a full KV cache to compress "
-                f"(its layers: {'; '.join(reasons) or 'none'}); "
-                "use --group-size 0 to run it as mlx-lm does"
-            )
-        if any(kind is not None and kind.is_mla for kind in kinds):
-            # a latent has no heads whose keys could be selected
-            config = replace(config, attention="dense")
-        return cls(model, config, probe, make_groups(config, len(kinds), kinds))
+    return [compressed(native) for native in native_caches(model)]
 
-    def make(
-        self, backend: MLXBackend, on_progress: Callable[[int, int], None] | None = None
-    ) -> list[Any]:
-        """A new prompt cache."""
-        shape = self.probe.cache_shape(self.groups)
-        cache = LowRankCache(backend, self.config, self.groups, 0, on_progress, shape)
-        if self.config.weighting == "attention":
-            modules = getattr(self.model, "layers", [])
-            for index, layer in cache.layers.items():
-                kind = self.probe.caches[index].shape
-                if kind is not None and index < len(modules):
-                    layer.output_energy = output_energy(
-                        backend, modules[index], kind.n_kv_heads, kind.value_dim
-                    )
-        ropes = [probe.rope for probe in self.probe.caches]
-        numbers = iter(range(len(ropes)))
 
-        def compressed(native: Any) -> Any:
-            if hasattr(native, "caches"):
-                native.caches = tuple(compressed(part) for part in native.caches)
-                return native
-            i = next(numbers)
-            return XKVCache(cache.layers[i], ropes[i]) if i in cache.layers else native
-
-        return [compressed(native) for native in native_caches(self.model)]
-
-    @property
-    def identity(self) -> ModelIdentity:
-        """What a profile of the model agrees with; heads are those of the first grouped layer."""
-        shape = self.probe.caches[self.groups[0][0]].shape
-        assert shape is not None
-        # several types of mlx-lm's share a model file
-        args = getattr(self.model, "args", None)
-        model_type = getattr(args, "model_type", model_name(self.model))
-        heads = shape.n_kv_heads, shape.key_dim, shape.value_dim
-        return ModelIdentity(model_type, len(self.probe.caches), *heads)
-
-    def report(self) -> Report:
-        """Which layers are compressed, and which are not."""
-        grouped = {index: group for group in self.groups for index in group}
-        layers = []
-        for index, cache in enumerate(self.probe.caches):
-            if index in grouped:
-                kind: LayerKind = "compressed" if cache.reaches_seam else "bypassed"
-                layers.append(LayerReport(index, kind, grouped[index]))
-            elif cache.shape is not None:
-                layers.append(LayerReport(index, "dense", detail="left out of the groups"))
-            else:
-                layers.append(LayerReport(index, "native", detail=cache.reason or ""))
-        return Report(model_name(self.model), tuple(layers), self.probe.why_not_layerwise)
+def identity_of(model: nn.Module, config: XKVConfig) -> ModelIdentity:
+    """What a profile of a model agrees with; heads are those of the first grouped layer."""
+    plan = plan_cache(model, config)
+    shape = plan.probe.caches[plan.groups[0][0]].shape
+    assert shape is not None
+    # several types of mlx-lm's share a model file
+    model_type = getattr(getattr(model, "args", None), "model_type", model_name(model))
+    heads = shape.n_kv_heads, shape.key_dim, shape.value_dim
+    return ModelIdentity(model_type, len(plan.probe.caches), *heads)
 
 
 class Enabled:
@@ -142,7 +92,8 @@ class Enabled:
         """Called with (factorizations done, factorizations in all)."""
         self.layers = LayerwisePrefill(model)
         try:
-            self.plan = CachePlan.from_probe(model, config, probe_model(model, self.layers))
+            probe = probe_model(model, self.layers)
+            self.plan = CachePlan.of_probe(model_name(model), config, probe)
         except BaseException:
             self.layers.remove()
             raise
@@ -165,7 +116,7 @@ class Enabled:
 
     def make_cache(self) -> list[Any]:
         """What mlx-lm calls to make a prompt cache."""
-        caches = self.plan.make(self.backend, self.on_factor)
+        caches = planned_caches(self.model, self.plan, self.backend, self.on_factor)
         cache = lowrank_cache(caches)
         assert cache is not None
         cache.fingerprint = self.fingerprint
@@ -185,15 +136,7 @@ class Enabled:
             cache.fingerprint is not None and cache.fingerprint != self.fingerprint
         ):
             raise InputError("the prompt cache was made by another model than the one it is for")
-        mine, its = asdict(self.plan.config), asdict(cache.config)
-        differing = [
-            f"{name}={its[name]} (here {mine[name]})" for name in mine if mine[name] != its[name]
-        ]
-        if differing:
-            raise InputError(
-                f"the prompt cache was made with {', '.join(differing)}: "
-                "use the same options, or make it again"
-            )
+        check_config(self.plan.config, cache.config)
 
     def generate(
         self, original: Callable[..., Iterator[Any]], prompt: mx.array, args: Any, kwargs: Any
@@ -301,10 +244,9 @@ def model_name(model: nn.Module) -> str:
 
 
 def _fingerprint(model: nn.Module) -> str:
-    """Tells models apart by their classes, shapes and a few of their weights."""
-    parameters: Any = tree_flatten(model.parameters())
-    code = zlib.crc32(f"{model_name(model)} {len(parameters)}".encode())
-    for name, value in parameters[:: max(1, len(parameters) // 16)]:
-        few = value.reshape(-1)[:16].astype(mx.float32)
-        code = zlib.crc32(f"{name} {value.shape} {few.tolist()}".encode(), code)
-    return f"{code:08x}"
+    parameters: Any = dict(tree_flatten(model.parameters()))
+
+    def values(name: str, n_values: int) -> np.ndarray:
+        return np.array(parameters[name].reshape(-1)[:n_values].astype(mx.float32))
+
+    return fingerprint(((name, x.shape) for name, x in parameters.items()), values)

@@ -15,7 +15,13 @@ from mlx_lm.models import cache as mlx_cache
 from mlx_lm.sample_utils import make_sampler
 
 from xkv.backends.mlx_metal.backend import MLXBackend
-from xkv.backends.mlx_metal.enable import CachePlan, disable, enable, enabled_state, lowrank_cache
+from xkv.backends.mlx_metal.enable import (
+    disable,
+    enable,
+    enabled_state,
+    identity_of,
+    lowrank_cache,
+)
 from xkv.backends.mlx_metal.memory import dense_bytes
 from xkv.backends.mlx_metal.prefill import flatten
 from xkv.config import XKVConfig
@@ -34,7 +40,7 @@ class MLXEngine(Engine):
 
     @property
     def identity(self) -> ModelIdentity:
-        return CachePlan.of(self.model, XKVConfig()).identity
+        return identity_of(self.model, XKVConfig())
 
     def generate(
         self,

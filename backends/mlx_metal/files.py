@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from mlx_lm.models import cache as mlx_cache
 
 from xkv.backends.mlx_metal.cache import XKVCache
 from xkv.errors import InputError
+from xkv.whole_file import whole_file
 
 
 def save_prompt_cache(
@@ -34,22 +33,9 @@ def save_prompt_cache(
     path = Path(file_name)
     if path.suffix != ".safetensors":
         path = path.with_name(path.name + ".safetensors")  # as mx.save_safetensors does
-    try:
-        handle, beside = tempfile.mkstemp(dir=path.parent, suffix=".safetensors")
-        os.close(handle)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; nothing was changed") from error
-    try:
+    n_bytes = sum(layer.nbytes for layer in cache if isinstance(layer, XKVCache))
+    with whole_file(path, n_bytes, (RuntimeError,)) as beside:
         mlx_cache.save_prompt_cache(beside, cache, metadata or {})
-        _check_written(beside, cache)
-        os.chmod(beside, 0o644)
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"cannot write {path}: {reason}; nothing was changed") from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(beside)
 
 
 def load_prompt_cache(file_name: str, return_metadata: bool = False) -> Any:
@@ -91,10 +77,3 @@ def _known_class() -> Iterator[None]:
     finally:
         if before is None:
             delattr(mlx_cache, name)
-
-
-def _check_written(file_name: str, cache: list[Any]) -> None:
-    """Refuse a short file: a full disk ends a write without an error of its own."""
-    n_bytes = sum(layer.nbytes for layer in cache if isinstance(layer, XKVCache))
-    if os.path.getsize(file_name) < n_bytes:
-        raise OSError(28, "the disk is full")

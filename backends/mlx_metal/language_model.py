@@ -10,8 +10,9 @@ import mlx.core as mx
 
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.cache import XKVCache
-from xkv.backends.mlx_metal.enable import CachePlan, model_name
+from xkv.backends.mlx_metal.enable import model_name, plan_cache
 from xkv.backends.mlx_metal.engine import load_engine
+from xkv.backends.mlx_metal.projection import output_energies
 from xkv.backends.mlx_metal.seam import attention_seam
 from xkv.config import XKVConfig
 from xkv.errors import InputError
@@ -38,7 +39,7 @@ class MLXLanguageModel(LanguageModel):
             model, trust_remote_code=trust_remote_code, kernels="auto" if on_gpu else "off"
         )
         self._engine, self.model = engine, engine.model
-        probes = CachePlan.of(self.model, XKVConfig()).probe.caches
+        probes = plan_cache(self.model, XKVConfig()).probe.caches
         if len({probe.shape for probe in probes}) > 1 or any(
             probe.shape is None or probe.shape.is_mla or not probe.reaches_seam for probe in probes
         ):
@@ -65,6 +66,9 @@ class MLXLanguageModel(LanguageModel):
     ) -> mx.array:
         logits = _forward(self.model, tokens, layers, self.ropes)
         return logits[:, -1:] if last_only else logits
+
+    def output_energies(self, config: XKVConfig) -> dict[int, mx.array]:
+        return output_energies(self.backend, self.model, plan_cache(self.model, config))
 
     @property
     def end_tokens(self) -> frozenset[int]:

@@ -18,7 +18,7 @@ from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models import bitlinear_layers
 from mlx_lm.models import cache as mlx_cache
 
-from xkv.backends.mlx_metal.enable import CachePlan
+from xkv.backends.mlx_metal.enable import plan_cache
 from xkv.backends.mlx_metal.prefill import flatten
 from xkv.config import XKVConfig
 from xkv.errors import InputError
@@ -65,7 +65,7 @@ def read_facts(model: str, config: XKVConfig) -> ModelFacts:
     caches = tuple(map(_measure, flatten(native), flatten(longer)))
     facts: dict[str, Any] = {}
     try:
-        plan = CachePlan.of(built, config)
+        plan = plan_cache(built, config)
         kept = [x for x, probe in zip(caches, plan.probe.caches, strict=True) if not probe.shape]
         facts["config"], facts["natives"] = plan.config, tuple(kept)
         facts["shape"] = plan.probe.cache_shape(plan.groups)

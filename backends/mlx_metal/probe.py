@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -14,89 +14,10 @@ from mlx_lm.models import cache as mlx_cache
 from xkv.backends.mlx_metal.prefill import CannotChunk, LayerwisePrefill, Prefill, flatten
 from xkv.backends.mlx_metal.ropes import is_rope_name, rope_of
 from xkv.backends.mlx_metal.seam import AttendingCache, attention_seam
+from xkv.cache_plan import CacheProbe, KVShape, ModelProbe
 from xkv.errors import InputError
-from xkv.ranks import CacheShape, GroupShape
-from xkv.rope import Rope
 
 PROBE_TOKENS, PROBE_STEP = 40, 20
-
-
-@dataclass(frozen=True)
-class KVShape:
-    """Rows of one layer's cache: layers with equal shapes can share a latent.
-
-    Args:
-        n_kv_heads: KV heads.
-        key_dim: Features of a key head (of the latent, for MLA).
-        value_dim: Features of a value head (of the rotary key, for MLA).
-        item_bytes: Bytes of an element.
-        is_mla: The cache holds a latent and a rotary key instead of keys and values.
-    """
-
-    n_kv_heads: int
-    key_dim: int
-    value_dim: int
-    item_bytes: int
-    is_mla: bool = False
-
-    @property
-    def row_bytes(self) -> int:
-        """Dense bytes of one token."""
-        return self.n_kv_heads * (self.key_dim + self.value_dim) * self.item_bytes
-
-
-@dataclass(frozen=True)
-class CacheProbe:
-    """One entry of a model's prompt cache.
-
-    Args:
-        cache_type: mlx-lm's class.
-        shape: Its rows; None unless it is a plain ``KVCache`` that was filled once.
-        rope: What rotates its keys.
-        reaches_seam: Whether its layer's attention goes through ``scaled_dot_product_attention``
-            with just what the cache returned.
-        reason: Why it is not compressed; None if it can be.
-    """
-
-    cache_type: str
-    shape: KVShape | None = None
-    rope: Rope | None = None
-    reaches_seam: bool = False
-    reason: str | None = None
-
-
-@dataclass(frozen=True)
-class ModelProbe:
-    """A model's prompt cache, and whether whole prompts can go through layer by layer.
-
-    Args:
-        caches: One entry for each of the model's caches.
-        why_not_layerwise: A sentence, or None.
-    """
-
-    caches: tuple[CacheProbe, ...]
-    why_not_layerwise: str | None
-
-    def cache_shape(self, groups: tuple[tuple[int, ...], ...]) -> CacheShape:
-        """What the byte formula needs to know for these groups of caches."""
-        shapes = []
-        for group in groups:
-            shape = self.caches[group[0]].shape
-            assert shape is not None
-            shapes.append(
-                GroupShape(
-                    len(group), shape.n_kv_heads, shape.key_dim, shape.value_dim, shape.is_mla
-                )
-            )
-        first = self.caches[groups[0][0]].shape
-        grouped = {index for group in groups for index in group}
-        dense = sum(
-            probe.shape.row_bytes
-            for index, probe in enumerate(self.caches)
-            if probe.shape is not None and index not in grouped
-        )
-        assert first is not None
-        return CacheShape(tuple(shapes), first.item_bytes, dense)
 
 
 class _ProbeCache(mlx_cache._BaseCache, AttendingCache):

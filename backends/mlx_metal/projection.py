@@ -1,4 +1,4 @@
-"""Where an mlx-lm layer's attention output goes, for weighting values by it."""
+"""Where mlx-lm's layers send what they attended to, for weighting values by it."""
 
 from __future__ import annotations
 
@@ -8,37 +8,26 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from xkv.backends.mlx_metal.backend import MLXBackend
-from xkv.weighting import head_energy
+from xkv.cache_plan import CachePlan
+from xkv.weighting import find_projection, output_energy
 
-_NAMES = ("o_proj", "out_proj", "wo", "c_proj", "dense")
 
-
-def output_energy(
-    backend: MLXBackend, layer: Any, n_kv_heads: int, value_dim: int
-) -> mx.array | None:
-    """Squares of the output projection's weights by the value feature they read.
-
-    Args:
-        backend: Does the arithmetic.
-        layer: A decoder layer.
-        n_kv_heads: KV heads of its attention.
-        value_dim: Features of a value head.
-
-    Returns:
-        ``[n_kv_heads, value_dim]`` float32, or None where no projection is known by its name.
-    """
-    if not isinstance(layer, nn.Module):
-        return None
-    for path, module in layer.named_modules():
-        parent, _, name = path.rpartition(".")
-        if name in _NAMES and "att" in parent.lower():
-            weight = module.weight
-            if isinstance(module, nn.QuantizedLinear):
-                weight = mx.dequantize(
-                    weight, module.scales, module.biases, module.group_size, module.bits
-                )
-            n_features = weight.shape[-1]
-            if n_features % (n_kv_heads * value_dim) == 0:
-                heads = weight.reshape(1, -1, n_features // value_dim, value_dim).swapaxes(1, 2)
-                return head_energy(backend, heads, n_kv_heads)
-    return None
+def output_energies(backend: MLXBackend, model: Any, plan: CachePlan) -> dict[int, mx.array]:
+    """:func:`xkv.weighting.output_energy` of the compressed layers whose projection is known."""
+    found: dict[int, mx.array] = {}
+    if plan.config.weighting != "attention":
+        return found
+    layers = getattr(model, "layers", [])
+    for index in (i for group in plan.groups for i in group if i < len(layers)):
+        layer, shape = layers[index], plan.probe.caches[index].shape
+        module = find_projection(layer.named_modules()) if isinstance(layer, nn.Module) else None
+        if module is None or shape is None:
+            continue
+        weight = module.weight
+        if isinstance(module, nn.QuantizedLinear):
+            options = {"group_size": module.group_size, "bits": module.bits}
+            weight = mx.dequantize(weight, module.scales, module.get("biases"), **options)
+        energy = output_energy(backend, weight, shape.n_kv_heads, shape.value_dim)
+        if energy is not None:
+            found[index] = energy
+    return found

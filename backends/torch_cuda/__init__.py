@@ -5,11 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from xkv.backends.torch_cuda.backend import TorchBackend
+from xkv.config import XKVConfig
 from xkv.engine import Engine
 from xkv.evaluation.model import LanguageModel
 from xkv.kernels import KernelMode
 
-__all__ = ["TorchBackend", "load_engine", "load_language_model", "make_backend"]
+__all__ = [
+    "TorchBackend",
+    "load_engine",
+    "load_language_model",
+    "load_torch_cache",
+    "make_backend",
+    "save_prompt_cache",
+    "torch_cache",
+    "torch_prefill",
+]
 
 
 def make_backend(device: str | None = None, kernels: KernelMode = "auto") -> TorchBackend:
@@ -29,3 +39,31 @@ def load_language_model(model: str, **options: Any) -> LanguageModel:
     from xkv.backends.torch_cuda import language_model
 
     return language_model.TorchLanguageModel(model, **options)
+
+
+def torch_cache(model: Any, config: XKVConfig) -> Any:
+    """See :func:`xkv.torch_cache`."""
+    from xkv.backends.torch_cuda import cache
+
+    return cache.torch_cache(model, config)
+
+
+def torch_prefill(model: Any, cache: Any, input_ids: Any, **options: Any) -> None:
+    """See :func:`xkv.torch_prefill`."""
+    from xkv.backends.torch_cuda import prefill
+
+    prefill.prefill(model, cache, input_ids, **options)
+
+
+def save_prompt_cache(file_name: str, cache: Any, metadata: dict[str, str] | None = None) -> None:
+    """See :func:`xkv.save_prompt_cache`."""
+    from xkv.backends.torch_cuda import files
+
+    files.save_prompt_cache(file_name, cache, metadata)
+
+
+def load_torch_cache(model: Any, file_name: str, config: XKVConfig | None = None) -> Any:
+    """See :func:`xkv.load_torch_cache`."""
+    from xkv.backends.torch_cuda import files
+
+    return files.load_prompt_cache(model, file_name, config)

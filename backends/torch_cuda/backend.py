@@ -6,6 +6,7 @@ import gc
 import logging
 import resource
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -38,6 +39,7 @@ class TorchBackend(Backend):
     ) -> None:
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device or default)
+        self._constants: dict[tuple[tuple[float, ...], Any], Array] = {}
         reason = triton_kernels.why_no_kernels(self.device)
         if kernels == "auto" and self.device.type != "cuda" and reason is not None:
             # nothing is amiss: without a GPU these plain operations are what was asked for
@@ -56,6 +58,13 @@ class TorchBackend(Backend):
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
         return self.device.type
+
+    def constant(self, values: Sequence[float], dtype: Any) -> Array:
+        # kept: a copy from the host waits for all that the device has queued
+        key = (tuple(values), dtype)
+        if key not in self._constants:
+            self._constants[key] = super().constant(values, dtype)
+        return self._constants[key]
 
     def from_numpy(self, array: np.ndarray) -> Array:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)

@@ -13,8 +13,11 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, TextStreamer
 
+from xkv.backends.torch_cuda.attention import xkv_attention
 from xkv.backends.torch_cuda.backend import TorchBackend
-from xkv.backends.torch_cuda.cache import XKVLayer, identity_of, make_cache, xkv_attention
+from xkv.backends.torch_cuda.cache import XKVCache, identity_of, torch_cache
+from xkv.backends.torch_cuda.prefill import prefill
+from xkv.backends.torch_cuda.probe import cache_argument
 from xkv.config import XKVConfig
 from xkv.engine import Engine, Generation, Progress, Sampling, describe
 from xkv.errors import InputError
@@ -55,30 +58,31 @@ class TorchEngine(Engine):
         on_text: Callable[[str], None] = lambda text: None,
         on_progress: Progress = lambda phase, done, total: None,
     ) -> Generation:
-        if config is None:
-            cache: Any = DynamicCache(config=self.model.config)
-        else:
-            cache = make_cache(
-                self.model,
-                config,
-                backend=self.backend,
-                on_progress=lambda done, total: on_progress("factorize", done, total),
-            )
         if sampling.seed is not None:
             torch.manual_seed(sampling.seed)
-        before = self.backend.active_memory()
-        self.backend.reset_peak_memory()
-        tokens = torch.tensor([list(prompt)], device=self.backend.device)
         with xkv_attention(self.model) if config is not None else contextlib.nullcontext():
+            cache: Any = DynamicCache(config=self.model.config)
+            if config is not None:
+                cache = torch_cache(
+                    self.model,
+                    config,
+                    backend=self.backend,
+                    on_progress=lambda done, total: on_progress("factorize", done, total),
+                )
+            before = self.backend.active_memory()
+            self.backend.reset_peak_memory()
+            tokens = torch.tensor([list(prompt)], device=self.backend.device)
             began = time.perf_counter()
-            self._prefill(tokens[:, :-1], cache, prefill_step_size, on_progress)
-            prefilled = time.perf_counter()
+            self._prefill(tokens, cache, prefill_step_size, on_progress)
+            factorized = cache.factorize_seconds if config is not None else 0.0
+            self.backend.evaluate(tokens)
+            prefilled = time.perf_counter() - factorized
             output = self.model.generate(
                 input_ids=tokens,
                 attention_mask=torch.ones_like(tokens),
-                past_key_values=cache,
                 streamer=_Streamer(self.tokenizer, on_text),
                 generation_config=self._generation_config(sampling),
+                **{cache_argument(self.model): cache},
             )
             self.backend.evaluate(output)
             ended = time.perf_counter()
@@ -86,15 +90,10 @@ class TorchEngine(Engine):
         n_generated = len(answer)
         if answer and answer[-1] in self.end_tokens():
             answer.pop()
-        layers = [layer for layer in cache.layers if isinstance(layer, XKVLayer)]
-        compressed = layers[0].layer.group.cache if layers else None
-        plain = sum(
-            layer.keys.nbytes + layer.values.nbytes
-            for layer in cache.layers
-            if not isinstance(layer, XKVLayer)
-        )
-        factorize_seconds = compressed.factorize_seconds if compressed else 0.0
         del output, tokens
+        is_ours = isinstance(cache, XKVCache)
+        plain = 0 if is_ours else sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
+        factorize_seconds = cache.factorize_seconds if is_ours else 0.0
         return Generation(
             text=self.tokenizer.decode(answer, skip_special_tokens=True),
             tokens=tuple(answer),
@@ -103,24 +102,36 @@ class TorchEngine(Engine):
             factorize_seconds=factorize_seconds,
             decode_tps=n_generated / (ended - prefilled - factorize_seconds),
             peak_bytes=self.backend.peak_memory(),
-            dense_bytes=plain + (compressed.dense_bytes() if compressed else 0),
-            held_bytes=plain + (compressed.held_bytes() if compressed else 0),
+            dense_bytes=cache.dense_bytes() if is_ours else plain,
+            held_bytes=cache.held_bytes() if is_ours else plain,
             allocated_bytes=self.backend.active_memory() - before,
-            notice=compressed.notice if compressed else None,
-            detail=describe(compressed) if compressed else None,
+            notice=cache.notice if is_ours else None,
+            detail=describe(cache.sequences[0]) if is_ours else None,
         )
 
     def _prefill(
         self, tokens: torch.Tensor, cache: Any, step_size: int, on_progress: Progress
     ) -> None:
         """Run all but the last token through the model, as mlx-lm does."""
-        total = tokens.shape[1]
-        on_progress("prefill", 0, total)
+
+        def progress(done: int, total: int) -> None:
+            on_progress("prefill", done, total)
+
+        if isinstance(cache, XKVCache):
+            prefill(self.model, cache, tokens, step_size=step_size, on_progress=progress)
+            return
+        total = tokens.shape[1] - 1
+        progress(0, total)
         for start in range(0, total, step_size):
-            piece = tokens[:, start : start + step_size]
-            self.model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            piece = tokens[:, start : min(start + step_size, total)]
+            self.model(
+                input_ids=piece,
+                use_cache=True,
+                logits_to_keep=1,
+                **{cache_argument(self.model): cache},
+            )
             self.backend.evaluate(piece)
-            on_progress("prefill", start + piece.shape[1], total)
+            progress(start + piece.shape[1], total)
 
     def _generation_config(self, sampling: Sampling) -> transformers.GenerationConfig:
         config = transformers.GenerationConfig(
@@ -163,4 +174,6 @@ def load_engine(model: str, *, trust_remote_code: bool = False, **options: Any) 
     except (OSError, ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"transformers cannot load {model}: {first_line}") from error
-    return TorchEngine(loaded.to(backend.device).eval(), tokenizer, backend)
+    loaded.eval()
+    torch.nn.Module.to(loaded, backend.device)
+    return TorchEngine(loaded, tokenizer, backend)

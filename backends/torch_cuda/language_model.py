@@ -7,11 +7,14 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache
 
-from xkv.backends.torch_cuda.cache import XKVLayer, find_rope, xkv_attention
+from xkv.backends.torch_cuda.attention import xkv_attention
+from xkv.backends.torch_cuda.cache import output_energies, plan_cache
+from xkv.backends.torch_cuda.cache_layer import XKVLayer
 from xkv.backends.torch_cuda.engine import load_engine
+from xkv.backends.torch_cuda.probe import cache_argument
+from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.evaluation.model import LanguageModel
 from xkv.profile import ModelIdentity
@@ -35,14 +38,15 @@ class TorchLanguageModel(LanguageModel):
         if engine.backend.device.type == "cpu":
             # the CPU multiplies 16-bit matrices slowly
             self.model = self.model.float()
-        native = DynamicCache(config=self.model.config).layers
-        if any(type(layer) is not DynamicLayer for layer in native):
+        probes = plan_cache(self.model, XKVConfig()).probe.caches
+        if len({probe.shape for probe in probes}) > 1 or any(
+            probe.shape is None or not probe.reaches_seam for probe in probes
+        ):
             raise InputError(
-                f"{type(self.model).__name__} cannot be evaluated: all layers must have a full KV "
-                "cache"
+                f"{type(self.model).__name__} cannot be evaluated: all layers must have the same "
+                "full KV cache, with attention that a cache can take over"
             )
-        n_layers = self.model.config.get_text_config().num_hidden_layers
-        ropes = [find_rope(self.model)] * n_layers
+        ropes = [probe.rope for probe in probes]
         super().__init__(model, engine.backend, engine.tokenizer, ropes, kv_dtype, self.model.dtype)
 
     @torch.inference_mode()
@@ -50,15 +54,18 @@ class TorchLanguageModel(LanguageModel):
         self, tokens: Sequence[Sequence[int]], layers: Sequence[Any], last_only: bool
     ) -> torch.Tensor:
         cache = Cache(
-            layers=[XKVLayer(layer, rope) for layer, rope in zip(layers, self.ropes, strict=True)]
+            layers=[XKVLayer([layer], rope) for layer, rope in zip(layers, self.ropes, strict=True)]
         )
         with xkv_attention(self.model):
             return self.model(
                 input_ids=torch.tensor(tokens, device=self.model.device),
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1 if last_only else 0,
+                **{cache_argument(self.model): cache},
             ).logits
+
+    def output_energies(self, config: XKVConfig) -> dict[int, torch.Tensor]:
+        return output_energies(self.backend, self.model, plan_cache(self.model, config))
 
     @property
     def end_tokens(self) -> frozenset[int]:

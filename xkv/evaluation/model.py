@@ -98,6 +98,10 @@ class LanguageModel(ABC):
             last_only: Whether the logits of the last token are enough.
         """
 
+    @abstractmethod
+    def output_energies(self, config: XKVConfig) -> dict[int, Array]:
+        """:func:`xkv.weighting.output_energy` by layer, where the configuration needs it."""
+
     @property
     @abstractmethod
     def end_tokens(self) -> frozenset[int]:
@@ -166,13 +170,18 @@ class LanguageModel(ABC):
             layers[0].scale,
             self.dtype,
             seed,
-            self._make_cache,
+            tuple(layer.query_energy for layer in layers),
+            self.make_cache,
         )
 
-    def _make_cache(self, config: XKVConfig) -> LowRankCache:
+    def make_cache(self, config: XKVConfig) -> LowRankCache:
+        """An empty low-rank cache for the model's layers."""
         groups = make_groups(config, len(self.ropes))
         n_dense = len(self.ropes) - sum(map(len, groups))
-        return LowRankCache(self.backend, config, groups, n_dense)
+        cache = LowRankCache(self.backend, config, groups, n_dense)
+        for index, energy in self.output_energies(config).items():
+            cache.layers[index].output_energy = energy
+        return cache
 
     def generate(
         self, tokens: Sequence[Sequence[int]], layers: Sequence[Any], max_tokens: int

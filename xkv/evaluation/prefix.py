@@ -8,6 +8,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
+from xkv.weighting import head_energy
+
 if TYPE_CHECKING:
     from xkv.backend import Array, Backend
 
@@ -62,12 +64,16 @@ class DocumentLayer(PromptLayer):
         super().__init__(backend, 0)
         self.queries: Array | None = None
         """The last N_WATCHED rotated queries, ``[1, n_heads, N, head_dim]``."""
+        self.query_energy: Array | None = None
+        """:func:`xkv.weighting.head_energy` of all queries."""
         self.scale = 0.0
 
     def attend(self, queries: Array, scale: float, mask: Array | None) -> Array:
         before = [] if self.queries is None else [self.queries]
         watched = self.backend.xp.concat([*before, queries], axis=-2)[..., -N_WATCHED:, :]
         self.queries, self.scale = self.backend.own(watched), scale
+        energy = head_energy(self.backend, queries, self.keys.shape[1])
+        self.query_energy = energy if self.query_energy is None else self.query_energy + energy
         return self.backend.attention(queries, self.keys, self.values, scale, mask)
 
 

@@ -101,6 +101,7 @@ def compressed_cache(document: Document, config: XKVConfig) -> LowRankCache:
     cache = document.make_cache(config)
     for index, layer in cache.layers.items():
         keys, values = document.keys[index], document.values[index]
+        layer.query_energy = document.query_energies[index]
         begin = 0
         for end, spec in document.rope_runs(index):
             layer.append(keys[..., begin:end, :], values[..., begin:end, :], spec)

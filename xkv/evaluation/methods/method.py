@@ -32,6 +32,7 @@ class Document:
         scale: Factor on the scores.
         dtype: In which attention is computed.
         seed: For methods that draw random numbers.
+        query_energies: One a layer, :func:`xkv.weighting.head_energy` of all queries.
         make_cache: Makes an empty low-rank cache with a configuration's fields.
     """
 
@@ -44,6 +45,7 @@ class Document:
     scale: float
     dtype: object
     seed: int
+    query_energies: tuple[Array | None, ...]
     make_cache: Callable[..., LowRankCache]
 
     @property

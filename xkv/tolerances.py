@@ -14,7 +14,13 @@ PLAIN_TOLERANCE = {"float32": 1e-5, "float16": 8e-3, "bfloat16": 6e-2}
 
 
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:
-    """Relative L2 error, after the shapes and the finiteness of ``got`` were checked."""
-    assert got.shape == want.shape, f"shape {got.shape}, expected {want.shape}"
-    assert np.isfinite(got).all(), "not finite"
+    """Relative L2 error.
+
+    Raises:
+        ValueError: If the shapes differ or ``got`` is not finite.
+    """
+    if got.shape != want.shape:
+        raise ValueError(f"shape {got.shape}, expected {want.shape}")
+    if not np.isfinite(got).all():
+        raise ValueError("not finite")
     return float(np.linalg.norm(got.astype(np.float64) - want) / np.linalg.norm(want))

@@ -1,4 +1,8 @@
-"""One layer's cache as a list of arrays, and back: what mlx-lm saves in a prompt cache file."""
+"""One layer's cache as a list of arrays, and back: the layout of a prompt cache file.
+
+The only place that knows it. Each framework reads and writes the arrays with its own safetensors
+functions, in the file layout of mlx-lm's prompt caches.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,13 @@ import itertools
 import json
 import uuid
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
 import numpy as np
 
 from xkv.attention import RopeRun
-from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.codec import Packed, Part
 from xkv.config import XKVConfig
 from xkv.errors import InputError
@@ -24,8 +27,14 @@ from xkv.rope import DynamicNTKRope, Rope, RopeSpec
 from xkv.selection import Landmarks
 from xkv.shared_factors import SharedFactors
 
+if TYPE_CHECKING:
+    from xkv.backend import Array, Backend
+
 FORMAT = 2
 """Version of the layout below."""
+
+LAYER_CLASS = "XKVCache"
+"""What a file calls a layer of this layout."""
 
 _BEGUN: weakref.WeakValueDictionary[str, LowRankCache] = weakref.WeakValueDictionary()
 """Caches that are being read: mlx-lm makes the layers of a file one by one."""
@@ -35,11 +44,11 @@ _PLANS: dict[str, Any] = {plan.__name__: plan for plan in (RankPlan, BitPlan)}
 _ROPES = {"fixed": RopeSpec, "dynamic": DynamicNTKRope}
 
 
-def write_layer(layer: LayerCache, rope: Rope | None) -> list[mx.array]:
+def write_layer(layer: LayerCache, rope: Rope | None) -> list[Array]:
     """A layer's state: first a description in JSON as bytes, then the arrays that it names."""
     group = layer.group
-    cache = group.cache
-    arrays: dict[str, mx.array] = {}
+    cache, backend = group.cache, group.backend
+    arrays: dict[str, Array] = {}
     matrices: dict[str, list[list[int]]] = {}
     for name in ("keys", "values"):
         buffer, factors = getattr(layer, name), getattr(group, name)
@@ -59,6 +68,7 @@ def write_layer(layer: LayerCache, rope: Rope | None) -> list[mx.array]:
         arrays.update((f"landmarks.{i}", x) for i, x in enumerate(landmarks.held))
     about = {
         "format": FORMAT,
+        "backend": backend.name,
         "cache": cache.uid,
         "groups": [list(indices) for indices in cache.indices],
         "config": asdict(cache.config),
@@ -78,20 +88,27 @@ def write_layer(layer: LayerCache, rope: Rope | None) -> list[mx.array]:
         "matrices": matrices,
         "arrays": list(arrays),
     }
-    text = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8)
-    return [mx.array(text), *arrays.values()]
+    text = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8).copy()
+    return [backend.from_numpy(text), *arrays.values()]
 
 
-def read_layer(state: list[mx.array]) -> tuple[LayerCache, Rope | None]:
+def read_layer(
+    state: Sequence[Array], make_backend: Callable[[], Backend]
+) -> tuple[LayerCache, Rope | None]:
     """The layer that :func:`write_layer` wrote, in its group; the first one begins a new cache.
+
+    Args:
+        state: Arrays of the reader's framework.
+        make_backend: Called for a new cache.
 
     Raises:
         InputError: If the state is of another version, or layers are missing or out of order.
     """
+    backend = make_backend()
     try:
-        about = json.loads(np.array(state[0]).tobytes())
+        about = json.loads(backend.to_numpy(state[0]).tobytes())
         version = about["format"]
-    except (IndexError, TypeError, KeyError, ValueError) as error:
+    except (AttributeError, IndexError, TypeError, KeyError, ValueError) as error:
         raise InputError("this is not the state of an xKV prompt cache") from error
     if version != FORMAT:
         raise InputError(
@@ -105,7 +122,7 @@ def read_layer(state: list[mx.array]) -> tuple[LayerCache, Rope | None]:
         )
     group_index, index = about["layer"]
     if group_index == index == 0:
-        _BEGUN[about["cache"]] = cache = _read_cache(about)
+        _BEGUN[about["cache"]] = cache = _read_cache(about, backend)
     elif about["cache"] in _BEGUN:
         cache = _BEGUN[about["cache"]]
     else:
@@ -115,13 +132,37 @@ def read_layer(state: list[mx.array]) -> tuple[LayerCache, Rope | None]:
     return layer, _read_rope(about["rope"])
 
 
-def _read_cache(about: dict[str, Any]) -> LowRankCache:
-    config = about["config"]
+def check_config(mine: XKVConfig, its: XKVConfig) -> None:
+    """Refuse a cache of another configuration, as one from a file may be.
+
+    Raises:
+        InputError: With what differs.
+    """
+    wanted, found = asdict(mine), asdict(its)
+    differing = [
+        f"{name}={found[name]} (here {wanted[name]})"
+        for name in wanted
+        if wanted[name] != found[name]
+    ]
+    if differing:
+        raise InputError(
+            f"the prompt cache was made with {', '.join(differing)}: "
+            "use the same options, or make it again"
+        )
+
+
+def _read_cache(about: dict[str, Any], backend: Backend) -> LowRankCache:
     shape = about["shape"]
     if shape is not None:
         groups = tuple(GroupShape(**group) for group in shape.pop("groups"))
         shape = CacheShape(groups, **shape)
-    cache = LowRankCache(MLXBackend(), XKVConfig(**config), about["groups"], shape=shape)
+        is_mla = any(group.has_dense_values for group in groups)
+        if is_mla and about["backend"] != backend.name:
+            raise InputError(
+                f"the prompt cache holds the latents of an MLA model, whose rotary keys are laid "
+                f"out differently on {about['backend']}: make it again on {backend.name}"
+            )
+    cache = LowRankCache(backend, XKVConfig(**about["config"]), about["groups"], shape=shape)
     cache.uid = uuid.uuid4().hex
     cache.fingerprint = about["fingerprint"]
     if about["plan"] is not None:
@@ -130,7 +171,7 @@ def _read_cache(about: dict[str, Any]) -> LowRankCache:
     return cache
 
 
-def _fill(layer: LayerCache, about: dict[str, Any], arrays: dict[str, mx.array]) -> None:
+def _fill(layer: LayerCache, about: dict[str, Any], arrays: dict[str, Array]) -> None:
     group = layer.group
     for name, n_rows, error in zip(("keys", "values"), about["rows"], about["errors"], strict=True):
         buffer = getattr(layer, name)
@@ -157,7 +198,7 @@ def _fill(layer: LayerCache, about: dict[str, Any], arrays: dict[str, mx.array])
         layer.landmarks = Landmarks(tuple(held[:-1]), bits, group_size, held[-1], chunk_size)
 
 
-def _matrix(about: dict[str, Any], arrays: dict[str, mx.array], name: str) -> Packed | None:
+def _matrix(about: dict[str, Any], arrays: dict[str, Array], name: str) -> Packed | None:
     """A latent or a basis of several parts, None where there is none."""
     if name not in about["matrices"]:
         return None

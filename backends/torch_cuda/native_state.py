@@ -1,0 +1,59 @@
+"""transformers' own cache layers as the states of mlx-lm's, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from xkv.errors import InputError
+
+FULL, ROTATING = "KVCache", "RotatingKVCache"
+"""mlx-lm's classes: keys, values and tokens seen; of the second also how many first rows never
+leave, the window, and where the next row goes.
+"""
+
+
+def write_native(layer: Any) -> tuple[str, list[torch.Tensor]] | None:
+    """mlx-lm's class for a layer and its state; None if there is none."""
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) or layer.keys is None:
+        return None
+    rows, n_seen = [layer.keys, layer.values], layer.get_seq_length()
+    if type(layer) is DynamicLayer:
+        return FULL, [*rows, torch.tensor(n_seen)]
+    n_rows, window = rows[0].shape[-2], layer.sliding_window
+    if n_seen >= window:
+        # room for the next row, without which mlx-lm would not begin to rotate
+        rows = [torch.cat([x, torch.zeros_like(x[..., :1, :])], dim=-2) for x in rows]
+    return ROTATING, [*rows, *(torch.tensor(x) for x in (n_seen, 0, window, n_rows))]
+
+
+def read_native(layer: Any, name: str, state: Sequence[torch.Tensor]) -> None:
+    """Give an empty layer the rows of mlx-lm's.
+
+    Raises:
+        InputError: If they are of another kind.
+    """
+    kinds = {FULL: DynamicLayer, ROTATING: DynamicSlidingWindowLayer}
+    keys, values, *numbers = state
+    n_seen, n_first, window, place = [int(x) for x in numbers] + [0] * (4 - len(numbers))
+    is_rotating = name == ROTATING
+    if kinds.get(name) is not type(layer) or (
+        is_rotating and (n_first or window != layer.sliding_window)
+    ):
+        raise InputError(f"rows of mlx-lm's {name} cannot go into a {type(layer).__name__} here")
+
+    def in_order(x: torch.Tensor) -> torch.Tensor:
+        if not is_rotating:
+            return x[..., :n_seen, :].clone()
+        if place < n_seen:
+            x = torch.cat([x[..., place:, :], x[..., :place, :]], dim=-2)
+        else:
+            x = x[..., :place, :]
+        return x[..., -min(n_seen, window - 1) :, :].clone()
+
+    layer.update(in_order(keys), in_order(values))
+    if is_rotating:
+        layer.cumulative_length = n_seen
