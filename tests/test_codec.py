@@ -7,7 +7,6 @@ import itertools
 import numpy as np
 import pytest
 
-from tests.tolerances import relative_error
 from xkv import InputError, RopeSpec, XKVConfig, load_backend
 from xkv.attention import Segment, reconstruct
 from xkv.bit_plan import Option, choose, smallest_bytes
@@ -15,6 +14,7 @@ from xkv.codec import BAND, Packed, pack_basis, pack_latent, rotate_bands, unpac
 from xkv.lowrank_cache import LowRankCache
 from xkv.selection import take_rows
 from xkv.shared_factors import factor_rows, pack_together
+from xkv.tolerances import relative_error
 
 WIDTHS, BITS = (64, 64, 128, 64), (8, 6, 3, 2)
 N_LAYERS, N_KV_HEADS, HEAD_DIM = 2, 2, 64

@@ -52,7 +52,7 @@ def test_norm_serves_quiet_layers_as_well_as_loud_ones(backend):
         cache = make_cache(backend, rows, rank_k=64, rank_v=64, weighting=weighting)
         cache.groups[0].settle()
         found[weighting] = errors(cache, rows)
-    assert found["off"][1] > 0.95 > found["off"][0]
+    assert found["off"][1] > found["off"][0] + 0.1
     assert found["norm"][0] == pytest.approx(found["norm"][1], rel=0.1)
 
 
