@@ -79,7 +79,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--backend", choices=["mlx", "torch"], default="torch")
     parser.add_argument("--families", nargs="+", default=["bundled", *SPECTRA])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[8192, 65536], help="synthetic")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[8192], help="synthetic")
     parser.add_argument("--documents", type=int, default=6, help="of the bundled model, 4k each")
     parser.add_argument("--out", type=Path, default=RESULTS)
     return parser
