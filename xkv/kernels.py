@@ -44,7 +44,7 @@ class Kernel(Protocol):
         """Launch."""
 
 
-def _with_wide_bases(backend: Backend, argument: Any) -> Any:
+def with_wide_bases(backend: Backend, argument: Any) -> Any:
     """A segment with its bases as arrays, for this step only.
 
     A basis is as long as the rank, not as the prompt, and each of a kernel's many threadgroups
@@ -112,7 +112,7 @@ class KernelDispatch:
             )
             if why_not is None:
                 self.last_path[operation] = kernel.name
-                return kernel(*(_with_wide_bases(self._backend, x) for x in args))
+                return kernel(*(with_wide_bases(self._backend, x) for x in args))
             if self.mode == "on":
                 raise InputError(f"kernel {kernel.name} cannot run: {why_not}")
             if why_not not in self._told:
