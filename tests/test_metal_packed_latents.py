@@ -21,6 +21,7 @@ from tests.decode_cases import (
     hide_rows,
     make_packed_inputs,
 )
+from tests.test_triton_kernels import decode_with_cache
 from tests.tolerances import TOLERANCE, relative_error
 from xkv.backend import Backend
 from xkv.backends.mlx_metal.backend import MLXBackend
@@ -30,6 +31,7 @@ from xkv.selection import chunk_rows
 
 pytest_plugins = ["tests.metal_device"]
 
+CACHE_OPTIONS = {"sinks": 2, "window": 20, "budget": 64, "outlier_chunks": 1}
 OPERATIONS = ["reconstruct_rows", "selected_attention", "lowrank_attention"]
 MAX_BUFFERS = 31
 """Of a Metal kernel."""
@@ -133,6 +135,21 @@ def test_wrong_packed_kernel_fails_its_check(emulated, monkeypatch):
     inputs = make_packed_inputs(emulated, PACKED_CASES["gqa1"], LAYOUTS["one-part"], "float16")
     with pytest.raises(xkv.InputError, match="disagrees with its plain twin"):
         emulated.reconstruct_rows(*arguments(emulated, "reconstruct_rows", inputs))
+
+
+@pytest.mark.parametrize(
+    ("attention", "operations"),
+    [
+        ("dense", {"lowrank_attention"}),
+        ("selective", {"chunk_scores", "selected_attention", "reconstruct_rows"}),
+    ],
+)
+def test_cache_in_bits_decodes_on_kernels(metal, attention, operations):
+    config = xkv.XKVConfig(compression=2, attention=attention, **CACHE_OPTIONS)
+    got = decode_with_cache(metal, config)
+    assert metal.kernels.last_path == {name: name for name in operations}
+    want = decode_with_cache(MLXBackend(kernels="off"), config)
+    assert relative_error(got, want) <= TOLERANCE["float32"]
 
 
 @pytest.mark.parametrize(

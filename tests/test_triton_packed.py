@@ -12,7 +12,6 @@ import torch
 
 import xkv
 from tests.decode_cases import (
-    DTYPES,
     LAYOUTS,
     PACKED_CASES,
     exact_packed_inputs,
@@ -24,12 +23,15 @@ from tests.test_triton_kernels import (
     OPERATIONS,
     arguments,
     backend,  # noqa: F401  (a fixture)
+    decode_with_cache,
     load_copy,
     outputs_start_as_nan,  # noqa: F401  (a fixture)
 )
 from tests.tolerances import TOLERANCE, relative_error
 from xkv.backend import Backend
 from xkv.kernels import with_wide_bases
+
+CACHE_OPTIONS = {"sinks": 2, "window": 20, "budget": 64, "outlier_chunks": 1}
 
 pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: pip install triton (Linux)")
 
@@ -64,7 +66,7 @@ def kernel_error(
 @pytest.mark.parametrize(
     ("layout", "dtype", "case"),
     [
-        *(("groups-of-64", dtype, "gqa4-batch2") for dtype in DTYPES),
+        *(("groups-of-64", dtype, "gqa4-batch2") for dtype in ("float32", "bfloat16")),
         ("groups-of-32", "float32", "gqa1"),
         ("groups-of-32", "float16", "gqa4-batch2"),
         ("one-part", "bfloat16", "gqa1"),
@@ -132,6 +134,26 @@ def test_first_use_check_runs_on_a_packed_sample(backend: Backend) -> None:  # n
     for operation in OPERATIONS:
         getattr(checked, operation)(*arguments(operation, inputs))
         assert checked.kernels.last_path[operation] == operation
+
+
+@pytest.mark.parametrize(
+    ("attention", "operations"),
+    [
+        ("dense", {"lowrank_attention"}),
+        ("selective", {"chunk_scores", "selected_attention"}),
+    ],
+)
+def test_cache_in_bits_decodes_on_kernels(
+    backend: Backend,  # noqa: F811
+    attention: str,
+    operations: set[str],
+) -> None:
+    config = xkv.XKVConfig(compression=2, attention=attention, **CACHE_OPTIONS)
+    plain = xkv.load_backend("torch", device=str(backend.device), kernels="off")
+    backend.kernels.last_path.clear()
+    got = decode_with_cache(backend, config)
+    assert backend.kernels.last_path == {name: name for name in operations}
+    assert relative_error(got, decode_with_cache(plain, config)) <= TOLERANCE["float32"]
 
 
 def test_strided_packed_rows_are_refused(backend: Backend) -> None:  # noqa: F811
