@@ -15,6 +15,7 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 
 from xkv import InputError, load_backend
+from xkv.codec import BAND, BITS
 from xkv.decode_step import BUNDLED, LLAMA_8B, DecodeStep, time_alternating
 
 SHAPES = {"bundled": BUNDLED, "llama-8b": LLAMA_8B}
@@ -32,6 +33,14 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="batch sizes")
     for name in ("budget", "rank-k", "rank-v", "landmark-bits"):
         parser.add_argument(f"--{name}", type=int, help="instead of the shape's own")
+    parser.add_argument(
+        "--latent-bits",
+        type=int,
+        nargs="+",
+        choices=BITS,
+        help="pack the factors in parts of these bits, about equally wide; ranks become multiples "
+        f"of {BAND}",
+    )
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--runs", type=int, default=15, help="timed runs of each form")
     return parser
@@ -48,6 +57,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     names = ("budget", "rank_k", "rank_v", "landmark_bits", "dtype")
     shape = replace(SHAPES[args.shape], **{n: vars(args)[n] for n in names if vars(args)[n]})
+    shape = replace(shape, latent_bits=tuple(args.latent_bits or ()))
     problem = DecodeStep(backend, shape, 1024).parity()
     if problem is not None:
         sys.exit(f"error: no figures while the forms disagree: {problem}")

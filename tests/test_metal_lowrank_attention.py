@@ -16,6 +16,7 @@ from xkv.attention import RopeRun
 from xkv.backend import Backend
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.kernels import lowrank_attention
+from xkv.backends.mlx_metal.kernels.lowrank_attention import LowrankAttention
 from xkv.decode_cases import CASES, DTYPES, DecodeCase, DecodeInputs, make_inputs
 from xkv.kernels import CHECK_TOLERANCE
 from xkv.rope import RopeSpec
@@ -187,7 +188,7 @@ def with_dense(inputs: DecodeInputs, n_dense: int) -> DecodeInputs:
 )
 def test_why_not_says_what_the_kernel_does_not_take(metal, change, mask, sentence):
     inputs = change(make_inputs(metal, CASE, "float16"))
-    assert sentence in lowrank_attention.KERNEL.why_not(*arguments(inputs), mask)
+    assert sentence in LowrankAttention(metal).why_not(*arguments(inputs), mask)
 
 
 # Name: part of the kernel, the text that is replaced, by what.
@@ -195,7 +196,7 @@ FAULTS = {
     "position-shifted": ("SOURCE", "float(start + first", "float(start + 1 + first"),
     "last-row-dropped": ("SOURCE", "row >= end", "row >= end - 1"),
     "last-row-not-loaded": ("SOURCE", "i < end ?", "i < end - 1 ?"),
-    "last-rank-dropped": ("HEADER", "rank - first - column)", "rank - 1 - first - column)"),
+    "last-rank-dropped": ("HEADER", "width - column)", "width - 1 - column)"),
     "rope-scale-dropped": ("SOURCE", "key[j] * rope[0]", "key[j]"),
     "score-scale-dropped": ("SOURCE", "score * scale", "score"),
     "wrong-kv-head": ("SOURCE", "n_kv_heads + head) * D, n", "n_kv_heads + 1 - head) * D, n"),
@@ -228,7 +229,7 @@ def test_planted_fault_is_caught(metal, reference, monkeypatch, name):
     queries = queries_for_last_row(reference)
     inputs = replace(make_inputs(metal, CASE, "float16"), queries=metal.from_numpy(queries))
     try:
-        output = metal.to_numpy(lowrank_attention.KERNEL(*arguments(inputs)))
+        output = metal.to_numpy(LowrankAttention(metal)(*arguments(inputs)))
     except emulator.MetalKernelError:
         return
     exact = reference.from_numpy(queries.astype(np.float64))
@@ -243,5 +244,5 @@ def test_deleted_barrier_is_caught(emulated, monkeypatch, occurrence):
     plant(monkeypatch, "HEADER", BARRIER, "", occurrence)
     args = arguments(make_inputs(emulated, CASE, "float16"))
     with pytest.raises(emulator.MetalKernelError) as caught:
-        mx.eval(lowrank_attention.KERNEL(*args))
+        mx.eval(LowrankAttention(emulated)(*args))
     assert caught.value.kind in ("data-race", "uninitialised")

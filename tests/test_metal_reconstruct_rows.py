@@ -181,7 +181,7 @@ FAULTS = {
     "position-shifted": ("SOURCE", "float(start + row", "float(start + 1 + row"),
     "last-row-dropped": ("SOURCE", "i < end ?", "i < end - 1 ?"),
     "last-row-unwritten": ("SOURCE", "row >= end", "row >= end - 1"),
-    "last-rank-dropped": ("HEADER", "rank - first - column)", "rank - 1 - first - column)"),
+    "last-rank-dropped": ("HEADER", "width - column)", "width - 1 - column)"),
     "scale-dropped": ("SOURCE", "x * rope[0]", "x"),
     "wrong-kv-head": ("SOURCE", "n_kv_heads + head) * D, n", "n_kv_heads + 1 - head) * D, n"),
     "wrong-batch": ("SOURCE", "int64_t(batch) * n_rows", "int64_t(0) * n_rows"),

@@ -189,7 +189,7 @@ FAULTS = {
     "last-row-dropped": ("ATTEND", "n_rows - first)", "n_rows - first - 1)"),
     "scale-dropped": ("ATTEND", ") * scale;", ");"),
     "keys-of-another-head": ("ATTEND", "head * keys_strides[1]", "0"),
-    "values-of-another-head": ("ATTEND", "head * values_strides[1]", "0"),
+    "values-of-another-head": ("STRIDED_VALUES", "head * values_strides[1]", "0"),
     "keys-of-another-batch": ("ATTEND", "batch * keys_strides[0]", "0"),
     "queries-of-another-batch": ("ATTEND", "queries[pair *", "queries[head *"),
     "rows-of-another-part": ("ATTEND", "n_rows + first + r]", "n_rows + r]"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +11,19 @@ import torch
 import xkv
 from xkv.attention import RopeRun
 from xkv.backends.torch_cuda import kernels as triton_kernels
+from xkv.codec import Packed, Part, group_size_of
 from xkv.selection import Landmarks
+
+
+def packed_latent(array: Callable[..., torch.Tensor]) -> Packed:
+    """A latent of parts whose numbers are plain, cut by words, and not cut."""
+    parts = [Part((array(1, 4096, 64),), 16, 0)]
+    for width, bits in ((64, 6), (96, 4)):
+        group_size = group_size_of(width)
+        words = array(1, 4096, width * bits // 32, dtype=torch.int32)
+        scales = [array(1, 4096, width // group_size)] * 2
+        parts.append(Part((words, *scales), bits, group_size))
+    return Packed(tuple(parts), 2)
 
 
 def main() -> None:
@@ -20,7 +33,24 @@ def main() -> None:
     from triton.compiler import ASTSource
     from triton.runtime.jit import JITFunction
 
-    kinds = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.uint8: "u8", torch.int64: "i64"}
+    kinds = {
+        torch.bfloat16: "bf16",
+        torch.float32: "fp32",
+        torch.uint8: "u8",
+        torch.int32: "i32",
+        torch.int64: "i64",
+    }
+
+    def kind(value: Any, path: tuple[int, ...], hints: dict[tuple[int, ...], Any]) -> Any:
+        """Triton's name for an argument's type; what divides it goes into ``hints``."""
+        if isinstance(value, tuple):
+            return tuple(kind(x, (*path, i), hints) for i, x in enumerate(value))
+        is_array = isinstance(value, torch.Tensor)
+        if is_array or value % 16 == 0:
+            hints[path] = [["tt.divisibility", 16]]
+        if is_array:
+            return "*" + kinds[value.dtype]
+        return "fp32" if isinstance(value, float) else "i32"
 
     def launch(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         values = dict(zip(self.arg_names, args, strict=False))
@@ -32,11 +62,7 @@ def main() -> None:
                 constants[(parameter.num,)] = value
                 signature[parameter.name] = "constexpr"
                 continue
-            is_array = isinstance(value, torch.Tensor)
-            number = "fp32" if isinstance(value, float) else "i32"
-            signature[parameter.name] = "*" + kinds[value.dtype] if is_array else number
-            if is_array or value % 16 == 0:
-                hints[(parameter.num,)] = [["tt.divisibility", 16]]
+            signature[parameter.name] = kind(value, (parameter.num,), hints)
         source = ASTSource(self, signature, constants, hints)
         compiled = compile_source(source, target=GPUTarget("cuda", 90, 32), options=options)
         print(self.__name__, compiled.metadata.shared)
@@ -68,6 +94,10 @@ def main() -> None:
             "chunk_scores": (queries, landmarks, 0.1),
         }
         for name, args in launches.items():
+            triton_kernels.TritonKernel(name)(*args)
+        in_parts = segment._replace(latent_k=packed_latent(array), latent_v=packed_latent(array))
+        for name in ("reconstruct_rows", "selected_attention", "lowrank_attention"):
+            args = (in_parts if x is segment else x for x in launches[name])
             triton_kernels.TritonKernel(name)(*args)
 
 

@@ -221,6 +221,17 @@ def pack_basis(backend: Backend, x: Array, widths: Sequence[int], bits: Sequence
     return Packed(tuple(parts), 1)
 
 
+def small_latent(
+    backend: Backend, like: Array | Packed, n_rows: int, rank: int, seed: int
+) -> Array | Packed:
+    """Random rows in a latent's form, for a check: ``rank`` columns, or a few in each part."""
+    if isinstance(like, Packed):
+        widths = [96 if part.group_size == 32 else 2 * BAND for part in like.parts]
+        rank = sum(widths)
+    drawn = backend.xp.astype(backend.normal((1, n_rows, rank), seed), like.dtype)
+    return pack_latent(backend, drawn, widths, like.bits) if isinstance(like, Packed) else drawn
+
+
 @functools.cache
 def _hadamard(size: int) -> np.ndarray:
     """Sylvester's orthogonal matrix of a power of two."""

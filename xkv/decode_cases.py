@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from xkv.attention import RopeRun, Segment
 from xkv.backend import Backend
+from xkv.codec import Packed, pack_basis, pack_latent, unpacked
 from xkv.rope import RopeSpec
 
 CHUNK_SIZE = 8
@@ -49,6 +50,19 @@ CASES = [
     DecodeCase(80, 2, 1, 256, 40, 40, n_selected_chunks=8, rope_scale=1.2),
 ]
 DTYPES = ["float32", "float16", "bfloat16"]
+
+Layout = tuple[tuple[int, int], ...]
+"""Columns and bits of each part of a packed latent."""
+LAYOUTS: dict[str, Layout] = {
+    "one-part": ((64, 4),),
+    "groups-of-64": ((64, 16), (64, 8), (128, 6), (64, 5), (64, 4), (64, 3), (64, 2)),
+    "groups-of-32": ((32, 8), (96, 6), (32, 5), (96, 4), (32, 3), (96, 2)),
+}
+PACKED_CASES = {
+    "gqa1": DecodeCase(80, 2, 2, 64, 0, 0, n_selected_chunks=9),
+    "gqa4-batch2": DecodeCase(136, 8, 2, 64, 0, 0, n_dense=9, batch=2, rope_scale=1.2),
+}
+"""Ranks are those of a layout."""
 
 
 @dataclass(frozen=True)
@@ -103,3 +117,60 @@ def make_inputs(
         chunks=backend.from_numpy(chunks),
         scale=head_dim**-0.5,
     )
+
+
+def make_packed_inputs(
+    backend: Backend, case: DecodeCase, layout: Layout, dtype: str
+) -> DecodeInputs:
+    """:func:`make_inputs` with latents and bases packed in a layout."""
+    widths, bits = zip(*layout, strict=True)
+    inputs = make_inputs(backend, replace(case, rank_k=sum(widths), rank_v=sum(widths)), dtype)
+    latents = (pack_latent(backend, x, widths, bits) for x in inputs.segment[:2])
+    bases = (pack_basis(backend, x, widths, bits) for x in inputs.segment[2:4])
+    return replace(inputs, segment=Segment(*latents, *bases, *inputs.segment[4:]))
+
+
+def exact_factor(backend: Backend, reference: Backend, factor: Any) -> Any:
+    """What a packed latent stands for, or what a basis is widened to, in float64."""
+    if len(factor.shape) == 4:
+        # widened by ordinary operations, whose rounding is not the kernel's
+        factor = Packed.plain(unpacked(backend, factor))
+
+    def exact(x: Any) -> Any:
+        if "int32" in str(x.dtype):
+            return reference.from_numpy(np.array(x).view(np.int32))
+        return reference.from_numpy(backend.to_numpy(x).astype(np.float64))
+
+    return factor.map(exact).unpack(reference)
+
+
+def exact_packed_inputs(backend: Backend, reference: Backend, inputs: DecodeInputs) -> DecodeInputs:
+    """Packed inputs as arrays in float64 on the reference."""
+
+    def exact(x: Any) -> Any:
+        return reference.from_numpy(backend.to_numpy(x).astype(np.float64))
+
+    factors = (exact_factor(backend, reference, x) for x in inputs.segment[:4])
+    return replace(
+        inputs,
+        queries=exact(inputs.queries),
+        segment=Segment(*factors, *inputs.segment[4:]),
+        keys=exact(inputs.keys),
+        values=exact(inputs.values),
+        chunks=reference.from_numpy(backend.to_numpy(inputs.chunks)),
+    )
+
+
+def hide_rows(backend: Backend, latent: Packed, is_used: np.ndarray, n_spare: int = 3) -> Packed:
+    """NaN for the scales (and 16-bit numbers) of unused rows, and of rows past the end."""
+    xp = backend.xp
+    n_rows = latent.shape[1]
+    mask = backend.from_numpy(is_used[..., None])
+
+    def hide(x: Any) -> Any:
+        spare = x[:, :n_spare]
+        if "int32" not in str(x.dtype):
+            x, spare = xp.where(mask, x, xp.nan * x), xp.nan * spare
+        return xp.concat([x, spare], axis=1)[:, :n_rows]
+
+    return latent.map(hide)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from xkv.attention import RopeRun, Segment, reconstruct
+from xkv.attention import Factor, RopeRun, Segment, reconstruct
+from xkv.codec import BAND, pack_basis, pack_latent, row_bytes
 from xkv.config import MAX_WINDOW, XKVConfig
 from xkv.ranks import CacheShape, GroupShape
 from xkv.rope import RopeSpec
@@ -38,6 +39,37 @@ class StepShape:
     chunk_size: int = XKVConfig.chunk_size
     landmark_bits: int = XKVConfig.landmark_bits
     n_dense: int = XKVConfig.sinks + MAX_WINDOW
+    latent_bits: tuple[int, ...] = ()
+    """Bits of the parts of packed factors, about equally wide; none for factors in the KV dtype."""
+
+    def parts(self, rank: int) -> list[tuple[int, int]]:
+        """Columns and bits of each part of a factor; packed ones have whole bands."""
+        if not self.latent_bits:
+            return [(rank, 16)]
+        bands = np.array_split(np.arange(-(-rank // BAND)), len(self.latent_bits))
+        sizes = zip(map(len, bands), self.latent_bits, strict=True)
+        return [(BAND * n_bands, bits) for n_bands, bits in sizes if n_bands]
+
+    @property
+    def item_bytes(self) -> int:
+        """Of a number in the KV dtype."""
+        return 4 if self.dtype == "float32" else 2
+
+    def latent_row_bytes(self) -> int:
+        """Bytes of a token in both latents."""
+        return sum(
+            row_bytes(width, bits, self.item_bytes)
+            for rank in (self.rank_k, self.rank_v)
+            for width, bits in self.parts(rank)
+        )
+
+    def basis_bytes(self) -> int:
+        """Bytes of both bases."""
+        return self.n_kv_heads * sum(
+            width * row_bytes(self.head_dim, bits, self.item_bytes)
+            for rank in (self.rank_k, self.rank_v)
+            for width, bits in self.parts(rank)
+        )
 
 
 LLAMA_8B = StepShape(32, 8, 128, 384, 576, 2048, "bfloat16")
@@ -68,11 +100,13 @@ class DecodeStep:
             self._draw(dense, seed + 1),
             self._draw(dense, seed + 2),
         )
+        latent_k, basis_k = self._factors(shape.rank_k, seed + 3)
+        latent_v, basis_v = self._factors(shape.rank_v, seed + 4)
         self.segment = Segment(
-            self._draw((batch, n_rows, shape.rank_k), seed + 3),
-            self._draw((batch, n_rows, shape.rank_v), seed + 4),
-            self._draw((batch, shape.rank_k, n_kv_heads, head_dim), seed + 5, shape.rank_k**-0.5),
-            self._draw((batch, shape.rank_v, n_kv_heads, head_dim), seed + 6, shape.rank_v**-0.5),
+            latent_k,
+            latent_v,
+            basis_k,
+            basis_v,
             0,
             (RopeRun(n_rows, RopeSpec.standard(head_dim, 500_000.0)),),
         )
@@ -85,11 +119,27 @@ class DecodeStep:
         self.landmarks: Landmarks = make_landmarks(
             backend, segment_keys, shape.chunk_size, 0, shape.landmark_bits
         )[0]
-        backend.evaluate(self.keys, self.values, *self.landmarks.held, *self.segment[:4])
+        backend.evaluate(self.keys, self.values, *self.landmarks.held)
 
     def _draw(self, size: tuple[int, ...], seed: int, scale: float = 1.0) -> Array:
         xp = self.backend.xp
         return xp.astype(self.backend.normal(size, seed) * scale, getattr(xp, self.shape.dtype))
+
+    def _factors(self, rank: int, seed: int) -> tuple[Factor, Factor]:
+        """A latent and a basis in the shape's parts."""
+        shape, backend = self.shape, self.backend
+        widths, bits = zip(*shape.parts(rank), strict=True)
+        rank = sum(widths)
+        latent = self._draw((shape.batch, self.n_rows, rank), seed)
+        size = (shape.batch, rank, shape.n_kv_heads, shape.head_dim)
+        basis = self._draw(size, seed + 2, rank**-0.5)
+        if shape.latent_bits:
+            packed = pack_latent(backend, latent, widths, bits)
+            rows = pack_basis(backend, basis, widths, bits)
+            backend.evaluate(*packed.arrays, *rows.arrays)
+            return packed, rows
+        backend.evaluate(latent, basis)
+        return latent, basis
 
     def full(self) -> Array:
         """The framework's attention over the full cache."""
@@ -123,18 +173,17 @@ class DecodeStep:
     def moved_bytes(self) -> dict[str, int]:
         """Bytes that each form has to read at least, by name."""
         shape = self.shape
-        item = 4 if shape.dtype == "float32" else 2
+        item = shape.item_bytes
         group = GroupShape(1, shape.n_kv_heads, shape.head_dim, shape.head_dim)
-        cache, row_bytes = CacheShape((group,), item), group.row_elements * item
-        width = shape.n_kv_heads * shape.head_dim
-        rank = shape.rank_k + shape.rank_v
-        fixed = self.n_dense * row_bytes + rank * width * item
+        cache, dense_bytes = CacheShape((group,), item), group.row_elements * item
+        latent_bytes = shape.latent_row_bytes()
+        fixed = self.n_dense * dense_bytes + shape.basis_bytes()
         config = XKVConfig(landmark_bits=shape.landmark_bits, chunk_size=shape.chunk_size)  # type: ignore[arg-type]
         landmarks = cache.landmark_bytes(group, config, self.n_rows // shape.chunk_size)
-        selected = min(shape.budget, self.n_rows) * shape.n_kv_heads * rank * item
+        selected = min(shape.budget, self.n_rows) * shape.n_kv_heads * latent_bytes
         return {
-            "full": shape.batch * (self.n_rows + self.n_dense) * row_bytes,
-            "dense low-rank": shape.batch * (self.n_rows * rank * item + fixed),
+            "full": shape.batch * (self.n_rows + self.n_dense) * dense_bytes,
+            "dense low-rank": shape.batch * (self.n_rows * latent_bytes + fixed),
             "selective": shape.batch * (landmarks + selected + fixed),
         }
 

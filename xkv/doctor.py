@@ -22,6 +22,8 @@ from xkv.selection import chunk_rows
 PACKAGES = ("xkv", "mlx", "mlx-lm", "torch", "transformers", "triton", "numpy")
 DTYPES = ("float16", "bfloat16", "float32")
 CHECK_TOKENS = 1024
+CHECK_BITS = (16, 8, 6, 5, 4, 3, 2)
+"""Of the parts of packed latents."""
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -99,8 +101,13 @@ def _check_kernels(
     found = []
     for dtype in DTYPES:
         strict = load_backend(backend_name, kernels="on")
-        step = DecodeStep(plain, replace(LLAMA_8B, dtype=dtype), CHECK_TOKENS)
-        for name, operation in _operations(step).items():
+        shape = replace(LLAMA_8B, dtype=dtype)
+        operations = _operations(DecodeStep(plain, shape, CHECK_TOKENS))
+        packed = DecodeStep(plain, replace(shape, latent_bits=CHECK_BITS), CHECK_TOKENS)
+        for name, operation in _operations(packed).items():
+            if name != "chunk_scores":
+                operations[f"{name}, packed"] = operation
+        for name, operation in operations.items():
             found.append({"kernel": name, "dtype": dtype, **_check(operation, strict, plain)})
     problem = load_backend(backend_name).kernels.device_problem()
     if problem:

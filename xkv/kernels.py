@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from xkv.attention import Segment
-from xkv.codec import Packed
+from xkv.codec import Packed, unpacked
 from xkv.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,7 +24,10 @@ CHECK_TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2}
 
 
 class Kernel(Protocol):
-    """A fused operation in a device language. Arguments are those of the backend's method."""
+    """A fused operation in a device language. Arguments are those of the backend's method.
+
+    A kernel whose ``takes_packed`` is true reads packed latents. Bases always come as arrays.
+    """
 
     name: str
 
@@ -41,16 +44,29 @@ class Kernel(Protocol):
         """Launch."""
 
 
+def with_wide_bases(backend: Backend, argument: Any) -> Any:
+    """A segment with its bases as arrays, for this step only.
+
+    A basis is as long as the rank, not as the prompt, and each of a kernel's many threadgroups
+    reads it: widened once it costs less than widened in each.
+    """
+    if not isinstance(argument, Segment):
+        return argument
+    return argument._replace(
+        basis_k=unpacked(backend, argument.basis_k), basis_v=unpacked(backend, argument.basis_v)
+    )
+
+
 def _packed_problem(kernel: Kernel, args: tuple[Any, ...]) -> str | None:
-    """Why a kernel cannot take the factors as they are stored, or None."""
+    """Why a kernel cannot take the latents as they are stored, or None."""
     is_packed = any(
-        isinstance(factor, Packed)
+        isinstance(latent, Packed)
         for argument in args
         if isinstance(argument, Segment)
-        for factor in argument[:4]
+        for latent in (argument.latent_k, argument.latent_v)
     )
     if is_packed and not getattr(kernel, "takes_packed", False):
-        return f"kernel {kernel.name} takes factors in the KV dtype, and these are in fewer bits"
+        return f"kernel {kernel.name} takes latents in the KV dtype, and these are in fewer bits"
     return None
 
 
@@ -96,7 +112,7 @@ class KernelDispatch:
             )
             if why_not is None:
                 self.last_path[operation] = kernel.name
-                return kernel(*args)
+                return kernel(*(with_wide_bases(self._backend, x) for x in args))
             if self.mode == "on":
                 raise InputError(f"kernel {kernel.name} cannot run: {why_not}")
             if why_not not in self._told:

@@ -36,6 +36,7 @@ class MLXBackend(Backend):
 
     def __init__(self, kernels: KernelMode = "auto") -> None:
         self.kernels = KernelDispatch(self, kernels, lambda: common.device_problem())
+        self._lowrank_attention = lowrank_attention.LowrankAttention(self)
         self._selected_attention = selected_attention.SelectedAttention(self)
         self._freqs: dict[RopeSpec, Array] = {}
         self._rotations: dict[tuple[int, RopeSpec], Callable[[Array, Array], Array]] = {}
@@ -181,7 +182,7 @@ class MLXBackend(Backend):
     ) -> Array:
         return self.kernels.run(
             "lowrank_attention",
-            lowrank_attention.KERNEL,
+            self._lowrank_attention,
             super().lowrank_attention,
             *(queries, segment, keys, values, scale, mask),
         )

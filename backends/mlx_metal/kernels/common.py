@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from xkv.attention import RopeRun, Segment
+from xkv.attention import Factor, RopeRun, Segment
+from xkv.backends.mlx_metal.kernels import latents
+from xkv.codec import small_latent
 
 if TYPE_CHECKING:
     from xkv.backend import Array, Backend
@@ -33,24 +35,9 @@ METAL_FUNC float2 turn_pair(float2 x, float angle) {
 """
 """Rotary pairs; angles are ``float(position) * inverse_freq``, as in ``xkv.rope.cos_sin``."""
 
-PRODUCT_SOURCE = """
-// Four neighbours in memory, aligned like one: rows of odd rank start anywhere.
-template <typename T>
-struct four {
-  T at[4];
-};
-
-template <typename T>
-METAL_FUNC vec<T, 4> load_four(const device T* from, int n_left) {
-  if (n_left >= 4) {
-    const four<T> x = *(const device four<T>*)from;
-    return vec<T, 4>(x.at[0], x.at[1], x.at[2], x.at[3]);
-  }
-  vec<T, 4> x = vec<T, 4>(T(0));
-  for (int i = 0; i < n_left; i++) x[i] = from[i];
-  return x;
-}
-
+PRODUCT_SOURCE = (
+    latents.LATENT_SOURCE
+    + """
 // Tiles of the product [ROWS, D] of latent rows and basis, DEPTH ranks at a time. 16 bytes of
 // padding a row spread the rows of an 8x8 load over the banks. Bands reuse the memory of the tiles.
 template <typename T, int D, int ROWS, int DEPTH>
@@ -69,12 +56,11 @@ struct tiling {
 
 // product = latent[row_numbers] @ basis: each simdgroup a block of 32 x 32 as 4 x 4 matrices. A
 // negative row number is a row of zeros. All threads of the threadgroup call this.
-template <typename T, int D, int ROWS, int DEPTH>
+template <typename T, int D, int ROWS, int DEPTH, typename Latent>
 METAL_FUNC void multiply_rows(thread simdgroup_float8x8 (&product)[4][4],
                               threadgroup float4* shared,
                               threadgroup const int* row_numbers,
-                              const device T* latent,
-                              int rank,
+                              Latent latent,
                               const device T* basis,
                               int basis_row,
                               int thread_index,
@@ -89,23 +75,23 @@ METAL_FUNC void multiply_rows(thread simdgroup_float8x8 (&product)[4][4],
 #pragma clang loop unroll(full)
     for (int j = 0; j < 4; j++) product[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   }
-  for (int first = 0; first < rank; first += DEPTH) {
+  for (int first = 0; first < latent.width; first += DEPTH) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (int e = thread_index; e < ROWS * DEPTH / 4; e += tiles::n_threads) {
       const int row = e / (DEPTH / 4), column = e % (DEPTH / 4) * 4, number = row_numbers[row];
       vec<T, 4> x = vec<T, 4>(T(0));
-      if (number >= 0)
-        x = load_four(latent + int64_t(number) * rank + first + column, rank - first - column);
+      if (number >= 0) x = latent.template load<T>(number, first + column);
       *(threadgroup vec<T, 4>*)(latent_tile + row * tiles::latent_stride + column) = x;
     }
     for (int e = thread_index; e < DEPTH * D / 4; e += tiles::n_threads) {
       const int row = e / (D / 4), column = e % (D / 4) * 4;
       vec<T, 4> x = vec<T, 4>(T(0));
-      if (first + row < rank) x = load_four(basis + int64_t(first + row) * basis_row + column, 4);
+      if (first + row < latent.width)
+        x = load_four(basis + int64_t(first + row) * basis_row + column, 4);
       *(threadgroup vec<T, 4>*)(basis_tile + row * tiles::basis_stride + column) = x;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    const int depth = min(DEPTH, rank - first);
+    const int depth = min(DEPTH, latent.width - first);
     for (int k = 0; k < depth; k += 8) {
       simdgroup_matrix<T, 8, 8> a[4], b[4];
 #pragma clang loop unroll(full)
@@ -145,6 +131,7 @@ METAL_FUNC threadgroup const float* share_band(thread simdgroup_float8x8 (&produ
   return rows;
 }
 """
+)
 """``multiply_rows``: gathered latent rows times one KV head's basis, on simdgroup matrices."""
 
 
@@ -204,10 +191,7 @@ def product_problem(segment: Segment) -> str | None:
             f"the kernel rotates all rows alike, and this segment has {len(segment.rope_runs)} "
             "different rotations"
         )
-    if segment.latent_k.size < 8:
-        # MLX passes such arrays in another address space
-        return f"the kernel takes latents of 8 elements or more, not {segment.latent_k.size}"
-    return None
+    return latents.problem(segment.latent_k)
 
 
 @functools.lru_cache(maxsize=64)
@@ -244,29 +228,31 @@ def product_template(segment: Segment) -> list[tuple[str, Any]]:
         ("T", segment.latent_k.dtype),
         ("D", head_dim),
         ("ROWS", tile_rows(head_dim)),
-        ("DEPTH", 64 // segment.latent_k.itemsize),
+        ("DEPTH", 64 // segment.latent_k.dtype.size),
         ("TRADITIONAL", spec is not None and spec.traditional),
     ]
 
 
 def product_key(segment: Segment) -> tuple[Any, ...]:
-    """What makes a new compilation: :func:`product_template`, the dtype by its name."""
-    return dtype_name(segment.latent_k), *(value for _, value in product_template(segment)[1:])
+    """What makes a new compilation: layout and :func:`product_template`, the dtype by its name."""
+    constants = (value for _, value in product_template(segment)[1:])
+    return dtype_name(segment.latent_k), *constants, latents.layout_of(segment.latent_k)
 
 
 def sample_segment(backend: Backend, segment: Segment, n_rows: int) -> Segment:
-    """A small segment with this one's dtype, head sizes and rotation, of odd ranks."""
-    n_kv_heads, head_dim = 2, segment.basis_k.shape[-1]
-    value_dim, rank_k, rank_v, dtype = segment.basis_v.shape[-1], 37, 21, segment.latent_k.dtype
+    """A small segment with this one's dtype, head sizes, rotation and layout; odd plain ranks."""
 
-    def array(shape: tuple[int, ...], seed: int) -> Array:
-        return backend.normal(shape, seed).astype(dtype)
+    def basis(latent: Factor, head_dim: int, seed: int) -> Array:
+        rank = latent.shape[-1]
+        return (backend.normal((1, rank, 2, head_dim), seed) * rank**-0.5).astype(latent.dtype)
 
+    latent_k = small_latent(backend, segment.latent_k, n_rows, 37, 0)
+    latent_v = small_latent(backend, segment.latent_v, n_rows, 21, 1)
     return Segment(
-        array((1, n_rows, rank_k), 0),
-        array((1, n_rows, rank_v), 1),
-        array((1, rank_k, n_kv_heads, head_dim), 2) * rank_k**-0.5,
-        array((1, rank_v, n_kv_heads, value_dim), 3) * rank_v**-0.5,
+        latent_k,
+        latent_v,
+        basis(latent_k, segment.basis_k.shape[-1], 2),
+        basis(latent_v, segment.basis_v.shape[-1], 3),
         segment.start,
         (RopeRun(n_rows, segment.rope_runs[0].spec),),
     )

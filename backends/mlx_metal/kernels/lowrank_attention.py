@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from xkv.attention import Segment
-from xkv.backends.mlx_metal.kernels import common
+from xkv.backends.mlx_metal.kernels import common, latents
+from xkv.codec import Packed
 
 if TYPE_CHECKING:
     from xkv.backend import Array, Backend
@@ -24,8 +25,10 @@ SOURCE = """
   const int head = threadgroup_position_in_grid.x, batch = threadgroup_position_in_grid.z;
   const int thread_index = thread_index_in_threadgroup, lane = thread_index_in_simdgroup;
   const int sg = simdgroup_index_in_threadgroup;
-  const int n_rows = latent_k_shape[1], rank = latent_k_shape[2], n_dense = keys_shape[2];
-  const int n_heads = queries_shape[1], n_kv_heads = basis_k_shape[2];
+  const int n_rows = $n_latent_rows, n_dense = keys_shape[2];
+  const int64_t first_row = int64_t(batch) * n_rows;
+  const auto latent_k = $latent;
+  const int n_heads = queries_shape[1], n_kv_heads = threadgroups_per_grid.x;
   const int gqa = n_heads / n_kv_heads, n_pairs = rope_shape[0] - 1;
   const int tile = threadgroup_position_in_grid.y, n_lowrank_tiles = (n_rows + ROWS - 1) / ROWS;
   const bool is_dense = tile >= n_lowrank_tiles;
@@ -40,9 +43,9 @@ SOURCE = """
     for (int i = thread_index; i < ROWS; i += tiles::n_threads)
       row_numbers[i] = i < end ? first + i : -1;
     multiply_rows<T, D, ROWS, DEPTH>(
-        product, shared, row_numbers, latent_k + int64_t(batch) * n_rows * rank, rank,
-        basis_k + (int64_t(batch) * rank * n_kv_heads + head) * D, n_kv_heads * D, thread_index,
-        sg);
+        product, shared, row_numbers, latent_k,
+        basis_k + (int64_t(batch) * latent_k.width * n_kv_heads + head) * D, n_kv_heads * D,
+        thread_index, sg);
   }
 #pragma clang loop unroll(full)
   for (int band = 0; band < 4; band++) {
@@ -104,9 +107,20 @@ class LowrankAttention:
     rank_v)`` floating point operations, and from device memory ``rank_k + rank_v`` elements and
     ``20 * n_heads`` bytes. With 32 heads, 8 KV heads, head_dim 128 and ranks 512 in float16 that is
     1.1 million operations on 2.7 kB: arithmetic bounds it, not memory.
+
+    Packed latents are read packed, ``bits / 8`` bytes a number and two scales a group: ``latent_k``
+    by the kernel, which widens it on its way to threadgroup memory, ``latent_v`` part by part by
+    MLX's quantized product, which already is the one pass over it that is needed.
+
+    Args:
+        backend: Weights the rows of a packed ``latent_v``.
     """
 
     name = "lowrank_attention"
+    takes_packed = True
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
 
     def why_not(
         self,
@@ -164,7 +178,7 @@ class LowrankAttention:
         scale: float,
         mask: Array | None = None,
     ) -> tuple[Any, ...]:
-        return common.product_key(segment)
+        return *common.product_key(segment), latents.layout_of(segment.latent_v)
 
     def __call__(
         self,
@@ -180,13 +194,14 @@ class LowrankAttention:
         weights = mx.softmax(key_scores(queries, segment, keys, scale), axis=-1)
         weights = weights.astype(queries.dtype)
         grouped = (batch, n_kv_heads, n_heads // n_kv_heads, -1)
-        latent = (weights[..., :n_rows] @ segment.latent_v).reshape(grouped)
-        output = latent @ segment.basis_v.transpose(0, 2, 1, 3)
+        on_latent = weights[..., :n_rows]
+        if isinstance(segment.latent_v, Packed):
+            latent = segment.latent_v.weighted_sum(self._backend, on_latent)
+        else:
+            latent = on_latent @ segment.latent_v
+        output = latent.reshape(grouped) @ segment.basis_v.transpose(0, 2, 1, 3)
         output = output + weights[..., n_rows:].reshape(grouped) @ values
         return output.reshape(batch, n_heads, 1, values.shape[-1])
-
-
-KERNEL = LowrankAttention()
 
 
 def key_scores(queries: Array, segment: Segment, keys: Array, scale: float) -> Array:
@@ -199,17 +214,18 @@ def key_scores(queries: Array, segment: Segment, keys: Array, scale: float) -> A
     n_kv_heads, n_dense = keys.shape[1:3]
     n_rows = segment.latent_k.shape[1]
     tile = common.tile_rows(head_dim)
+    layout = latents.layout_of(segment.latent_k)
     kernel = common.build(
-        LowrankAttention.name,
-        ("queries", "latent_k", "basis_k", "keys", "rope", "start", "scale"),
+        LowrankAttention.name + latents.suffix(layout),
+        (*latents.input_names(layout), "queries", "basis_k", "keys", "rope", "start", "scale"),
         ("scores",),
-        SOURCE,
+        latents.fill_in(SOURCE, layout),
         HEADER,
         copies_strided_inputs=False,  # dense keys are a part of a larger buffer
     )
     (scores,) = kernel(
         inputs=[
-            *map(mx.contiguous, (queries, segment.latent_k, segment.basis_k)),
+            *map(mx.contiguous, (*latents.inputs(segment.latent_k), queries, segment.basis_k)),
             keys,
             common.rope_numbers(segment),
             segment.start,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from xkv.attention import Segment
-from xkv.backends.mlx_metal.kernels import common
+from xkv.backends.mlx_metal.kernels import common, latents
 
 if TYPE_CHECKING:
     from xkv.backend import Array, Backend
@@ -22,7 +22,9 @@ SOURCE = """
   const int head = threadgroup_position_in_grid.x, batch = threadgroup_position_in_grid.z;
   const int thread_index = thread_index_in_threadgroup;
   const int sg = simdgroup_index_in_threadgroup;
-  const int n_rows = latent_k_shape[1], rank = latent_k_shape[2], n_kv_heads = basis_k_shape[2];
+  const int n_rows = $n_latent_rows, n_kv_heads = threadgroups_per_grid.x;
+  const int64_t first_row = int64_t(batch) * n_rows;
+  const auto latent_k = $latent;
   const int n_selected = rows_shape[2], n_pairs = rope_shape[0] - 1;
   const int first = threadgroup_position_in_grid.y * ROWS;
   const int end = min(ROWS, n_selected - first);
@@ -32,9 +34,9 @@ SOURCE = """
     row_numbers[i] = i < end ? int(rows[selected + i]) : -1;
   simdgroup_float8x8 product[4][4];
   multiply_rows<T, D, ROWS, DEPTH>(
-      product, shared, row_numbers, latent_k + int64_t(batch) * n_rows * rank, rank,
-      basis_k + (int64_t(batch) * rank * n_kv_heads + head) * D, n_kv_heads * D, thread_index,
-      sg);
+      product, shared, row_numbers, latent_k,
+      basis_k + (int64_t(batch) * latent_k.width * n_kv_heads + head) * D, n_kv_heads * D,
+      thread_index, sg);
 #pragma clang loop unroll(full)
   for (int band = 0; band < 4; band++) {
     threadgroup const float* keys =
@@ -68,9 +70,13 @@ class ReconstructRows:
     and reads back the gathered rows and the product: ``2 * rank_k + 2 * head_dim`` elements more.
     At rank 384 and head_dim 128 that is 96 operations a byte of float16: arithmetic bounds it, not
     memory.
+
+    A packed latent is read packed, ``bits / 8`` bytes a number and two scales a group, and widened
+    on its way to threadgroup memory.
     """
 
     name = "reconstruct_rows"
+    takes_packed = True
 
     def why_not(self, segment: Segment, rows: Array) -> str | None:
         if rows.shape[-1] == 0:
@@ -92,12 +98,17 @@ class ReconstructRows:
     def __call__(self, segment: Segment, rows: Array) -> Array:
         batch, n_kv_heads, n_selected = rows.shape
         head_dim = segment.basis_k.shape[-1]
+        layout = latents.layout_of(segment.latent_k)
         kernel = common.build(
-            self.name, ("latent_k", "basis_k", "rows", "rope", "start"), ("out",), SOURCE, HEADER
+            self.name + latents.suffix(layout),
+            (*latents.input_names(layout), "basis_k", "rows", "rope", "start"),
+            ("out",),
+            latents.fill_in(SOURCE, layout),
+            HEADER,
         )
         (keys,) = kernel(
             inputs=[
-                segment.latent_k,
+                *latents.inputs(segment.latent_k),
                 segment.basis_k,
                 rows,
                 common.rope_numbers(segment),

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from xkv.attention import RopeRun, Segment
-from xkv.backends.mlx_metal.kernels import common
+from xkv.attention import Factor, RopeRun, Segment
+from xkv.backends.mlx_metal.kernels import common, latents
+from xkv.codec import Packed, small_latent
 from xkv.selection import chunk_rows
 
 if TYPE_CHECKING:
@@ -16,6 +17,56 @@ if TYPE_CHECKING:
 ROWS = 128
 """Rows that a threadgroup attends to."""
 MAX_GQA = 16
+
+VALUES_SOURCE = """
+// Values of one head in an array of any strides but the last.
+template <typename T>
+struct strided_values {
+  const device T* rows;
+  ulong row_stride;
+  uint width;
+  bool has_whole_rows;
+
+  ulong start(uint row) const { return ulong(row) * row_stride; }
+
+  template <int VEC>
+  void load(ulong start, uint column, thread float (&value)[VEC]) const {
+    for (uint i = 0; i < VEC; i++) value[i] = float(rows[start + column + i]);
+  }
+};
+
+// Rows of a latent in parts, four columns at once.
+template <typename Latent>
+struct latent_values {
+  Latent latent;
+  uint width;
+  bool has_whole_rows;
+
+  ulong start(uint row) const { return row; }
+
+  void load(ulong row, uint column, thread float (&value)[4]) const {
+    const float4 x = latent.template load<float>(int(row), int(column));
+    for (uint i = 0; i < 4; i++) value[i] = x[i];
+  }
+};
+
+template <typename Latent>
+METAL_FUNC latent_values<Latent> values_of(Latent latent) {
+  return {latent, uint(latent.width), true};
+}
+"""
+
+STRIDED_VALUES = """
+    const strided_values<T> source = {
+        values + batch * values_strides[0] + head * values_strides[1], ulong(values_strides[2]),
+        uint(values_shape[3]), values_strides[3] == 1};
+"""
+LATENT_VALUES = """
+    const int64_t first_row = int64_t(batch) * $n_latent_rows;
+    const auto source = values_of($latent);
+"""
+
+HEADER = latents.LATENT_SOURCE + VALUES_SOURCE
 
 # Softmax and weighted sum over ROWS rows, for all query heads of a KV head: every key and value is
 # loaded once. A key belongs to D / 16 lanes, so a simdgroup takes several rows in one step.
@@ -31,12 +82,13 @@ ATTEND = """
     const uint lane = thread_index_in_simdgroup, sg = simdgroup_index_in_threadgroup;
     const uint n_sg = simdgroups_per_threadgroup;
     const uint n_rows = keys_shape[2], first = split * ROWS, n = min(uint(ROWS), n_rows - first);
+    $values
 
     for (uint i = index; i < GQA * D; i += n_threads)
         query[i / D][i % D] = float(queries[pair * GQA * D + i]) * scale;
     for (uint r = index; r < n; r += n_threads) {
         const uint row = GATHER ? uint(rows[pair * n_rows + first + r]) : first + r;
-        starts[r] = ulong(row) * values_strides[2];
+        starts[r] = source.start(row);
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
@@ -61,7 +113,7 @@ ATTEND = """
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     // Other layouts would be read wrongly: they come out as NaN.
-    const bool is_packed = keys_strides[3] == 1 && values_strides[3] == 1;
+    const bool is_readable = keys_strides[3] == 1 && source.has_whole_rows;
     for (uint h = sg; h < GQA; h += n_sg) {
         float top = -INFINITY, total = 0;
         for (uint r = lane; r < n; r += 32) top = max(top, weights[r][h]);
@@ -73,13 +125,12 @@ ATTEND = """
         total = simd_sum(total);
         if (lane == 0) {
             tops[(pair * n_splits + split) * GQA + h] = top;
-            totals[(pair * n_splits + split) * GQA + h] = is_packed ? total : NAN;
+            totals[(pair * n_splits + split) * GQA + h] = is_readable ? total : NAN;
         }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    const uint width = values_shape[3];
-    const device T* value0 = values + batch * values_strides[0] + head * values_strides[1];
+    const uint width = source.width;
     device float* sum0 = sums + ulong(pair * n_splits + split) * GQA * width;
     for (uint column = index * VEC; column < width; column += n_threads * VEC) {
         float sum[GQA][VEC] = {};
@@ -87,7 +138,7 @@ ATTEND = """
         #pragma clang loop unroll_count(8)
         for (uint r = 0; r < n; r++) {
             float value[VEC];
-            for (uint i = 0; i < VEC; i++) value[i] = float(value0[starts[r] + column + i]);
+            source.load(starts[r], column, value);
             for (uint h = 0; h < GQA; h++)
                 for (uint i = 0; i < VEC; i++) sum[h][i] = fma(weights[r][h], value[i], sum[h][i]);
         }
@@ -127,14 +178,17 @@ MERGE = """
 """
 
 
-def columns_per_thread(width: int) -> int:
-    """Neighbouring columns that a thread loads at once: they divide ``width`` and leave work for
-    128 threads."""
+def columns_per_thread(values: Factor) -> int:
+    """Neighbouring columns that a thread loads at once: they divide the width and leave work for
+    128 threads. The columns of a packed latent come in fours."""
+    if isinstance(values, Packed):
+        return 4
+    width = values.shape[-1]
     return next((n for n in (4, 2) if width % n == 0 and width // n >= 128), 1)
 
 
 def attend(
-    queries: Array, rows: Array, keys: Array, values: Array, scale: float, *, is_gathered: bool
+    queries: Array, rows: Array, keys: Array, values: Factor, scale: float, *, is_gathered: bool
 ) -> list[Array]:
     """Attention over parts of ROWS rows.
 
@@ -142,7 +196,7 @@ def attend(
         queries: ``[B, n_heads, 1, head_dim]``, row contiguous.
         rows: Row numbers in ``values``, ``[B, n_kv_heads, n_rows]``, row contiguous.
         keys: ``[B, n_kv_heads, n_rows, head_dim]``; any strides but the last, which is 1.
-        values: ``[B, n_kv_heads, L, width]``, likewise.
+        values: ``[B, n_kv_heads, L, width]``, likewise, or packed ``[B, L, width]`` for all heads.
         scale: Factor on the scores.
         is_gathered: Whether values are those of ``rows``; otherwise they lie beside their keys.
 
@@ -152,19 +206,25 @@ def attend(
     """
     batch, n_kv_heads, n_rows, head_dim = keys.shape
     width, gqa = values.shape[-1], queries.shape[1] // n_kv_heads
-    vec, n_parts = columns_per_thread(width), -(-n_rows // ROWS)
+    vec, n_parts = columns_per_thread(values), -(-n_rows // ROWS)
     n_threads = min(256, max(128, -(-width // (32 * vec)) * 32))
+    layout = latents.layout_of(values)
     kernel = common.build(
-        "attend_rows",
-        ("queries", "rows", "keys", "values", "scale"),
+        "attend_rows" + latents.suffix(layout),
+        (
+            *(latents.input_names(layout) if layout else ("values",)),
+            *("queries", "rows", "keys", "scale"),
+        ),
         ("tops", "totals", "sums"),
-        ATTEND,
-        header="",
-        copies_strided_inputs=False,
+        latents.fill_in(
+            ATTEND.replace("$values", LATENT_VALUES if layout else STRIDED_VALUES), layout
+        ),
+        header=HEADER,
+        copies_strided_inputs=bool(layout),
     )
     shape = (batch, n_kv_heads, n_parts, gqa)
     return kernel(
-        inputs=[queries, rows, keys, values, scale],
+        inputs=[*latents.inputs(values), queries, rows, keys, scale],
         template=[
             ("T", queries.dtype),
             ("D", head_dim),
@@ -226,13 +286,15 @@ class SelectedAttention:
     heads to a KV head. The parts' sums add ``8 * gqa / 128`` bytes to an element of the values.
     With head_dim 128, rank_v 384, float16 and gqa 4 that is 1,120 bytes and 4,096 operations a row,
     so memory bounds it. The plain twin also writes and reads back the gathered latent, ``4 *
-    rank_v`` bytes a row more.
+    rank_v`` bytes a row more. A packed latent is read packed, ``bits / 8`` bytes a number and two
+    scales a group, and widened in registers.
 
     Args:
         backend: Reconstructs the selected rows' keys.
     """
 
     name = "selected_attention"
+    takes_packed = True
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -267,26 +329,29 @@ class SelectedAttention:
             return f"the kernel takes head_dim {allowed}, not {head_dim}"
         if gqa > MAX_GQA:
             return f"the kernel takes up to {MAX_GQA} query heads to a KV head, not {gqa}"
-        if min(segment.latent_v.size, values.size) < 8:
+        if values.size < 8:
             # MLX passes smaller arrays in another address space
-            return "the kernel takes latents and dense values of 8 elements or more"
-        return None
+            return f"the kernel takes dense values of 8 elements or more, not {values.size}"
+        return latents.problem(segment.latent_v)
 
     def sample(self, backend: Backend, *args: Any) -> tuple[Any, ...]:
         """Both kernels' parts: several of ROWS rows, the last one not full."""
         queries, segment, _, chunk_size, keys, values, _ = args
         n_kv_heads, head_dim = keys.shape[1], keys.shape[-1]
         n_chunks, n_dense = -(-ROWS // chunk_size) + 1, ROWS + 3
-        n_rows, rank_k = 2 * n_chunks * chunk_size, min(segment.latent_k.shape[-1], 32)
-        rank_v, value_dim = segment.latent_v.shape[-1], values.shape[-1]
-        seeds = iter(range(7))
+        n_rows, value_dim = 2 * n_chunks * chunk_size, values.shape[-1]
+        rank_k, rank_v = min(segment.latent_k.shape[-1], 32), segment.latent_v.shape[-1]
+        latent_k = small_latent(backend, segment.latent_k, n_rows, rank_k, 0)
+        latent_v = small_latent(backend, segment.latent_v, n_rows, rank_v, 1)
+        rank_k, rank_v = latent_k.shape[-1], latent_v.shape[-1]
+        seeds = iter(range(2, 7))
 
         def array(*shape: int, size: float = 1.0) -> Array:
             return (backend.normal(shape, next(seeds)) * size).astype(queries.dtype)
 
         small = Segment(
-            array(1, n_rows, rank_k),
-            array(1, n_rows, rank_v),
+            latent_k,
+            latent_v,
             array(1, rank_k, n_kv_heads, head_dim, size=rank_k**-0.5),
             array(1, rank_v, n_kv_heads, value_dim, size=rank_v**-0.5),
             segment.start,
@@ -306,12 +371,13 @@ class SelectedAttention:
     def check_key(self, *args: Any) -> tuple[Any, ...]:
         """The dtype's name and the template's values."""
         queries, segment, _, _, keys, values, _ = args
-        widths = segment.latent_v.shape[-1], values.shape[-1]
         return (
             common.dtype_name(queries),
             keys.shape[-1],
             queries.shape[1] // keys.shape[1],
-            *map(columns_per_thread, widths),
+            *map(columns_per_thread, (segment.latent_v, values)),
+            latents.layout_of(segment.latent_k),
+            latents.layout_of(segment.latent_v),
         )
 
     def __call__(
@@ -328,11 +394,11 @@ class SelectedAttention:
         # an element-wise result keeps the strides of its inputs: broadcast chunks make such rows
         rows = mx.contiguous(chunk_rows(self._backend, chunks.astype(mx.int32), chunk_size))
         selected = self._backend.reconstruct_rows(segment, rows)
-        # one latent serves all KV heads: stride 0 instead of a copy for each
-        latent_v = mx.broadcast_to(
-            segment.latent_v[:, None],
-            (keys.shape[0], keys.shape[1], *segment.latent_v.shape[1:]),
-        )
+        latent_v = segment.latent_v
+        if not isinstance(latent_v, Packed):
+            # one latent serves all KV heads: stride 0 instead of a copy for each
+            shape = (*keys.shape[:2], *latent_v.shape[1:])
+            latent_v = mx.broadcast_to(latent_v[:, None], shape)
         parts = attend(queries, rows, selected, latent_v, scale, is_gathered=True)
         dense_parts = attend(queries, rows, keys, values, scale, is_gathered=False)
         latent, dense = merge(parts, dense_parts, queries.dtype)

@@ -12,6 +12,7 @@ import torch
 
 from xkv.attention import Segment
 from xkv.backend import Array, Backend
+from xkv.codec import Packed
 from xkv.kernels import Kernel
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -44,6 +45,11 @@ class TritonKernel:
     def __init__(self, name: str) -> None:
         self.name = name
 
+    @property
+    def takes_packed(self) -> bool:
+        """Whether the kernel reads packed latents."""
+        return getattr(self._kernel, "takes_packed", False)
+
     @cached_property
     def _kernel(self) -> Kernel:
         return importlib.import_module(f"{__name__}.{self.name}").KERNEL
@@ -51,7 +57,7 @@ class TritonKernel:
     def why_not(self, *args: Any) -> str | None:
         """A sentence that says why the kernel cannot take these arguments here, or None."""
         leading = args[0].latent_k if isinstance(args[0], Segment) else args[0]
-        device = leading.device
+        device = (leading.arrays[0] if isinstance(leading, Packed) else leading).device
         reason = why_no_kernels(device)
         if reason is not None:
             return reason

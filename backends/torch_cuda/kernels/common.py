@@ -14,8 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from xkv.attention import RopeRun, Segment
+from xkv.attention import Factor, RopeRun, Segment
 from xkv.backend import Array, Backend
+from xkv.backends.torch_cuda.kernels import latents
+from xkv.backends.torch_cuda.kernels.latents import part_tile
+from xkv.codec import Packed, small_latent
 from xkv.rope import RopeSpec
 
 HEAD_DIMS = (32, 64, 128, 256)
@@ -68,8 +71,20 @@ def pair_features(HEAD_DIM: tl.constexpr, ROPE_DIMS: tl.constexpr, TRADITIONAL: 
 
 
 @triton.jit
+def add_products(x, y, tile, basis, basis_row, ranks, is_rank, first, second):
+    """``tile @ basis`` added to both halves of the features."""
+    b = basis + ranks[:, None] * basis_row
+    b_x = tl.load(b + first[None, :], mask=is_rank[:, None], other=0.0)
+    b_y = tl.load(b + second[None, :], mask=is_rank[:, None], other=0.0)
+    x = tl.dot(tile, b_x, x, input_precision="ieee")
+    y = tl.dot(tile, b_y, y, input_precision="ieee")
+    return x, y
+
+
+@triton.jit
 def rotated_keys(
     latent,
+    latent_start,
     latent_row,
     rows,
     is_inside,
@@ -84,24 +99,40 @@ def rotated_keys(
     TRADITIONAL: tl.constexpr,
     N: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     """Rotated keys of N rows: two float32 ``[N, HEAD_DIM // 2]`` as :func:`pair_features` says."""
     first, second = pair_features(HEAD_DIM, ROPE_DIMS, TRADITIONAL)
     columns = tl.arange(0, BLOCK_RANK)
-    latent_rows = latent + rows.to(tl.int64)[:, None] * latent_row
     x = tl.zeros((N, HEAD_DIM // 2), tl.float32)
     y = tl.zeros((N, HEAD_DIM // 2), tl.float32)
-    for start in range(0, rank, BLOCK_RANK):
-        ids = start + columns
-        is_column = ids < rank
-        a = tl.load(
-            latent_rows + ids[None, :], mask=is_inside[:, None] & is_column[None, :], other=0.0
-        )
-        b = basis + ids[:, None] * basis_row
-        b_x = tl.load(b + first[None, :], mask=is_column[:, None], other=0.0)
-        b_y = tl.load(b + second[None, :], mask=is_column[:, None], other=0.0)
-        x = tl.dot(a, b_x, x, input_precision="ieee")
-        y = tl.dot(a, b_y, y, input_precision="ieee")
+    if LAYOUT is None:
+        latent_rows = latent + latent_start + rows.to(tl.int64)[:, None] * latent_row
+        for start in range(0, rank, BLOCK_RANK):
+            ids = start + columns
+            is_column = ids < rank
+            tile = tl.load(
+                latent_rows + ids[None, :], mask=is_inside[:, None] & is_column[None, :], other=0.0
+            )
+            x, y = add_products(x, y, tile, basis, basis_row, ids, is_column, first, second)
+    else:
+        for part in tl.static_range(len(LAYOUT)):
+            width = latent_row[part]
+            for start in range(0, width, BLOCK_RANK):
+                ids = start + columns
+                tile = part_tile(
+                    latent[3 * part],
+                    latent[3 * part + 1],
+                    latent[3 * part + 2],
+                    width,
+                    latent_start + rows.to(tl.int64),
+                    is_inside,
+                    ids,
+                    LAYOUT[part][0],
+                    LAYOUT[part][1],
+                )
+                x, y = add_products(x, y, tile, basis, basis_row, ids, ids < width, first, second)
+            basis += width * basis_row
     if ROPE_DIMS > 0:
         pair = tl.arange(0, HEAD_DIM // 2)
         is_turned = pair < ROPE_DIMS // 2
@@ -134,26 +165,20 @@ def load_queries(
 
 
 @triton.jit
-def attend_block(
+def block_weights(
     q_x,
     q_y,
     k_x,
     k_y,
     is_inside,
     scale,
-    rows,
-    row_offsets,
-    width,
-    output,
-    output_head,
     maxima,
     sums,
     stat_head,
     SHARING: tl.constexpr,
     SHARING_PAD: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
 ):
-    """A block's part of the softmax by query head: weighted rows, largest score, sum of weights."""
+    """A block's weights, ``[SHARING_PAD, N]`` in the queries' dtype; maximum and sum are stored."""
     scores = tl.dot(k_x, q_x, input_precision="ieee")
     scores = tl.dot(k_y, q_y, scores, input_precision="ieee") * scale
     scores = tl.where(is_inside[:, None], scores, float("-inf"))
@@ -163,22 +188,68 @@ def attend_block(
     is_head = heads < SHARING
     tl.store(maxima + heads * stat_head, largest, mask=is_head)
     tl.store(sums + heads * stat_head, tl.sum(weights, axis=0), mask=is_head)
-    weights = tl.trans(weights).to(rows.dtype.element_ty)
+    return tl.trans(weights).to(q_x.dtype)
+
+
+@triton.jit
+def weigh_rows(
+    weights,
+    is_inside,
+    rows,
+    rows_start,
+    rows_stride,
+    numbers,
+    width,
+    output,
+    output_head,
+    SHARING: tl.constexpr,
+    SHARING_PAD: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    LAYOUT: tl.constexpr,
+):
+    """A block's weighted rows, number ``numbers`` of an array or of a packed latent, by head."""
+    heads = tl.arange(0, SHARING_PAD)
+    is_head = heads < SHARING
     columns = tl.arange(0, BLOCK_WIDTH)
-    for start in range(0, width, BLOCK_WIDTH):
-        ids = start + columns
-        is_column = ids < width
-        tile = tl.load(
-            rows + row_offsets[:, None] + ids[None, :],
-            mask=is_inside[:, None] & is_column[None, :],
-            other=0.0,
-        )
-        part = tl.dot(weights, tile, input_precision="ieee")
-        tl.store(
-            output + heads[:, None] * output_head + ids[None, :],
-            part,
-            mask=is_head[:, None] & is_column[None, :],
-        )
+    if LAYOUT is None:
+        row_offsets = numbers.to(tl.int64) * rows_stride
+        for start in range(0, width, BLOCK_WIDTH):
+            ids = start + columns
+            is_column = ids < width
+            tile = tl.load(
+                rows + rows_start + row_offsets[:, None] + ids[None, :],
+                mask=is_inside[:, None] & is_column[None, :],
+                other=0.0,
+            )
+            product = tl.dot(weights, tile, input_precision="ieee")
+            tl.store(
+                output + heads[:, None] * output_head + ids[None, :],
+                product,
+                mask=is_head[:, None] & is_column[None, :],
+            )
+    else:
+        for part in tl.static_range(len(LAYOUT)):
+            part_width = rows_stride[part]
+            for start in range(0, part_width, BLOCK_WIDTH):
+                ids = start + columns
+                tile = part_tile(
+                    rows[3 * part],
+                    rows[3 * part + 1],
+                    rows[3 * part + 2],
+                    part_width,
+                    rows_start + numbers.to(tl.int64),
+                    is_inside,
+                    ids,
+                    LAYOUT[part][0],
+                    LAYOUT[part][1],
+                )
+                product = tl.dot(weights, tile, input_precision="ieee")
+                tl.store(
+                    output + heads[:, None] * output_head + ids[None, :],
+                    product,
+                    mask=is_head[:, None] & (ids < part_width)[None, :],
+                )
+            output += part_width
 
 
 @triton.jit
@@ -206,31 +277,30 @@ def attend_dense_block(
     N: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):
-    """:func:`attend_block` over dense rows ``block * N`` and following."""
+    """A block's part of the softmax over dense rows ``block * N`` and following, by query head."""
     rows = block * N + tl.arange(0, N)
     is_inside = rows < n_dense
     first, second = pair_features(HEAD_DIM, ROPE_DIMS, TRADITIONAL)
     pointers = keys + rows.to(tl.int64)[:, None] * keys_row
     k_x = tl.load(pointers + first[None, :], mask=is_inside[:, None], other=0.0)
     k_y = tl.load(pointers + second[None, :], mask=is_inside[:, None], other=0.0)
-    attend_block(
-        q_x,
-        q_y,
-        k_x,
-        k_y,
+    weights = block_weights(
+        q_x, q_y, k_x, k_y, is_inside, scale, maxima, sums, stat_head, SHARING, SHARING_PAD
+    )
+    weigh_rows(
+        weights,
         is_inside,
-        scale,
         values,
-        rows.to(tl.int64) * values_row,
+        0,
+        values_row,
+        rows,
         value_dim,
         output,
         output_head,
-        maxima,
-        sums,
-        stat_head,
         SHARING,
         SHARING_PAD,
         BLOCK_WIDTH,
+        None,
     )
 
 
@@ -375,9 +445,9 @@ def rope_arguments(segment: Segment) -> tuple[Array, float, dict[str, Any]]:
     """A segment's rotation: inverse frequencies, scale and the compile-time arguments."""
     spec = segment.rope_runs[0].spec
     if spec is None:
-        return segment.latent_k, 1.0, {"ROPE_DIMS": 0, "TRADITIONAL": False}
+        return segment.basis_k, 1.0, {"ROPE_DIMS": 0, "TRADITIONAL": False}
     constants = {"ROPE_DIMS": spec.dims, "TRADITIONAL": spec.traditional}
-    return inverse_freqs(spec.freqs, segment.latent_k.device), float(spec.scale), constants
+    return inverse_freqs(spec.freqs, segment.basis_k.device), float(spec.scale), constants
 
 
 def block_rank(dtype: torch.dtype) -> int:
@@ -402,14 +472,19 @@ def why_not_segment(segment: Segment) -> str | None:
         return f"the segment's rows have {len(segment.rope_runs)} rotary embeddings; kernels take 1"
     if head_dim not in HEAD_DIMS:
         return f"head_dim={head_dim} is not one of {', '.join(map(str, HEAD_DIMS))}"
-    return why_not_arrays(segment.latent_k, segment.latent_v, segment.basis_k, segment.basis_v)
+    return (
+        why_not_arrays(segment.latent_k, segment.latent_v, segment.basis_k, segment.basis_v)
+        or latents.problem(segment.latent_k)
+        or latents.problem(segment.latent_v)
+    )
 
 
-def why_not_arrays(*arrays: Array) -> str | None:
+def why_not_arrays(*arrays: Factor) -> str | None:
     """What the kernels cannot take of arrays that meet in one product."""
     if len({x.dtype for x in arrays}) > 1:
         return "the arrays differ in dtype: " + ", ".join(str(x.dtype) for x in arrays)
-    if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in arrays):
+    plain = [x for x in arrays if not isinstance(x, Packed)]
+    if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in plain):
         return "an array's last axis is strided; kernels read it as contiguous"
     return None
 
@@ -437,22 +512,28 @@ def segment_key(segment: Segment) -> tuple[Any, ...]:
     spec = segment.rope_runs[0].spec
     rope = None if spec is None else (spec.dims, spec.traditional)
     # Triton compiles anew for sizes that are multiples of 16
-    is_round = [x.shape[-1] % 16 == 0 for x in (segment.latent_k, segment.latent_v)]
+    both = segment.latent_k, segment.latent_v
+    is_round = [x.shape[-1] % 16 == 0 for x in both]
     dtype = str(segment.latent_k.dtype).removeprefix("torch.")
-    return (dtype, segment.basis_k.shape[-1], rope, *is_round)
+    return (dtype, segment.basis_k.shape[-1], rope, *is_round, *map(latents.layout_of, both))
 
 
 def sample_segment(backend: Backend, segment: Segment, n_rows: int) -> Segment:
-    """A small segment of the same ranks, head_dim, dtype and rotation."""
-    dtype = segment.latent_k.dtype
+    """A small segment of the same ranks or layouts, head_dim, dtype and rotation."""
+
+    def basis(latent: Factor, head_dim: int, seed: int) -> Array:
+        rank = latent.shape[-1]
+        return (backend.normal((1, rank, 2, head_dim), seed) * rank**-0.5).to(latent.dtype)
+
     rank_k, rank_v = segment.latent_k.shape[-1], segment.latent_v.shape[-1]
-    head_dim, value_dim = segment.basis_k.shape[-1], segment.basis_v.shape[-1]
+    latent_k = small_latent(backend, segment.latent_k, n_rows, rank_k, 0)
+    latent_v = small_latent(backend, segment.latent_v, n_rows, rank_v, 1)
     spec: RopeSpec | None = segment.rope_runs[0].spec
     return Segment(
-        backend.normal((1, n_rows, rank_k), 0).to(dtype),
-        backend.normal((1, n_rows, rank_v), 1).to(dtype),
-        (backend.normal((1, rank_k, 2, head_dim), 2) * rank_k**-0.5).to(dtype),
-        (backend.normal((1, rank_v, 2, value_dim), 3) * rank_v**-0.5).to(dtype),
+        latent_k,
+        latent_v,
+        basis(latent_k, segment.basis_k.shape[-1], 2),
+        basis(latent_v, segment.basis_v.shape[-1], 3),
         segment.start,
         (RopeRun(n_rows, spec),),
     )

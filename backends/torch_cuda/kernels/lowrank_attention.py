@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from xkv.attention import Segment
+from xkv.attention import Factor, Segment
 from xkv.backend import Array, Backend
 from xkv.backends.torch_cuda.kernels.common import (
     BLOCK_ROWS,
@@ -25,6 +26,8 @@ from xkv.backends.torch_cuda.kernels.common import (
     sharing_pad,
     why_not_attention,
 )
+from xkv.backends.torch_cuda.kernels.latents import latent_arguments, layout_of, part_tile
+from xkv.codec import Packed
 
 MAX_SPLITS = 64
 """Parts of the weighted rows: with the column blocks enough programs to fill a large GPU."""
@@ -70,6 +73,7 @@ def scores_kernel(
     SHARING_PAD: tl.constexpr,
     N: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     # KV heads run side by side, so that a latent row is read from memory once
     head, block, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -81,7 +85,8 @@ def scores_kernel(
         rows = block * N + tl.arange(0, N)
         is_inside = rows < n_rows
         k_x, k_y = rotated_keys(
-            latent + batch * latent_batch,
+            latent,
+            batch * latent_batch,
             latent_row,
             rows,
             is_inside,
@@ -96,6 +101,7 @@ def scores_kernel(
             TRADITIONAL,
             N,
             BLOCK_RANK,
+            LAYOUT,
         )
         products = tl.dot(k_x.to(q_x.dtype), q_x, input_precision="ieee")
         products = tl.dot(k_y.to(q_x.dtype), q_y, products, input_precision="ieee")
@@ -138,6 +144,8 @@ def scores_kernel(
 def weighted_rows_kernel(
     scores,
     latent,
+    scales,
+    biases,
     latent_batch,
     latent_row,
     latent_parts,
@@ -149,9 +157,12 @@ def weighted_rows_kernel(
     n_latent_splits,
     n_splits,
     rank,
+    first_column,
+    width,
     HEADS: tl.constexpr,
     N: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
+    PART: tl.constexpr,
 ):
     split = tl.program_id(1)
     n_head_blocks = tl.cdiv(n_heads, HEADS)
@@ -160,8 +171,7 @@ def weighted_rows_kernel(
     is_head = heads < n_heads
     at = batch * n_heads + heads
     columns = tl.program_id(0) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
-    is_column = columns < rank
-    latent += batch * latent_batch
+    is_column = columns < width
     peak = tl.full((HEADS,), float("-inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
     part = tl.zeros((HEADS, BLOCK_RANK), tl.float32)
@@ -179,13 +189,20 @@ def weighted_rows_kernel(
         weights = tl.exp(score - risen[:, None])
         shrunk = tl.exp(peak - risen)
         total = total * shrunk + tl.sum(weights, axis=1)
-        tile = tl.load(
-            latent + rows.to(tl.int64)[:, None] * latent_row + columns[None, :],
-            mask=is_inside[:, None] & is_column[None, :],
-            other=0.0,
-        )
+        at_rows = batch * latent_batch + rows.to(tl.int64) * latent_row
+        if PART is None:
+            tile = tl.load(
+                latent + at_rows[:, None] + columns[None, :],
+                mask=is_inside[:, None] & is_column[None, :],
+                other=0.0,
+            )
+        else:
+            tile = part_tile(
+                latent, scales, biases, width, at_rows, is_inside, columns, PART[0], PART[1]
+            )
         part = tl.dot(weights.to(tile.dtype), tile, part * shrunk[:, None], input_precision="ieee")
         peak = risen
+    latent_parts += first_column
     tl.store(
         latent_parts + (at * n_latent_splits + split)[:, None] * rank + columns[None, :],
         part,
@@ -205,9 +222,13 @@ class LowrankAttention:
 
     Reads ``rank_k + rank_v`` latent elements a row once. ``2 * rank_k * n_kv_heads * head_dim``
     flops a row for the keys, which bound it: 0.8 MFLOP at rank 384 and 8 heads of 128 features.
+
+    Packed latents are read packed, ``bits / 8`` bytes a number and two scales a group, and widened
+    in registers; the second launch is one for each part of the values.
     """
 
     name = "lowrank_attention"
+    takes_packed = True
 
     def why_not(
         self,
@@ -262,7 +283,6 @@ class LowrankAttention:
         """``[B, n_heads, 1, value_dim]``"""
         batch, n_heads, _, head_dim = queries.shape
         n_kv_heads, n_rows = keys.shape[1], segment.latent_k.shape[1]
-        rank_v = segment.latent_v.shape[-1]
         n_sharing = n_heads // n_kv_heads
         n_blocks = triton.cdiv(n_rows, BLOCK_ROWS)
         blocks_per_split = triton.cdiv(n_blocks, MAX_SPLITS)
@@ -272,8 +292,7 @@ class LowrankAttention:
         frequencies, rope_scale, constants = rope_arguments(segment)
         scores_kernel[(n_kv_heads, n_blocks + splits.n_dense, batch)](
             queries.contiguous(),
-            segment.latent_k,
-            *segment.latent_k.stride()[:2],
+            *latent_arguments(segment.latent_k),
             segment.basis_k,
             *segment.basis_k.stride()[:3],
             keys,
@@ -300,36 +319,56 @@ class LowrankAttention:
             SHARING_PAD=sharing_pad(n_sharing),
             N=BLOCK_ROWS,
             BLOCK_RANK=block_rank(queries.dtype),
+            LAYOUT=layout_of(segment.latent_k),
             **constants,
             **launch_options(head_dim),
         )
         heads = min(64, sharing_pad(n_heads))
-        block_width = 2 * block_rank(queries.dtype)
-        grid = (
-            triton.cdiv(rank_v, block_width),
-            splits.n_latent,
-            batch * triton.cdiv(n_heads, heads),
-        )
-        weighted_rows_kernel[grid](
-            scores,
-            segment.latent_v,
-            *segment.latent_v.stride()[:2],
-            splits.latent,
-            splits.maxima,
-            splits.sums,
-            n_heads,
-            n_rows,
-            blocks_per_split * BLOCK_ROWS,
-            splits.n_latent,
-            n_splits,
-            rank_v,
-            HEADS=heads,
-            N=BLOCK_ROWS,
-            BLOCK_RANK=block_width,
-            num_warps=4,
-            num_stages=3,
-        )
+        # parts may be as narrow as 64 columns, and take more shared memory: words, scales, biases
+        is_packed = isinstance(segment.latent_v, Packed)
+        block_width = block_rank(queries.dtype) * (1 if is_packed else 2)
+        first_column = 0
+        for arrays, strides, width, part in _parts(segment.latent_v):
+            grid = (
+                triton.cdiv(width, block_width),
+                splits.n_latent,
+                batch * triton.cdiv(n_heads, heads),
+            )
+            weighted_rows_kernel[grid](
+                scores,
+                *arrays,
+                *strides,
+                splits.latent,
+                splits.maxima,
+                splits.sums,
+                n_heads,
+                n_rows,
+                blocks_per_split * BLOCK_ROWS,
+                splits.n_latent,
+                n_splits,
+                segment.latent_v.shape[-1],
+                first_column,
+                width,
+                HEADS=heads,
+                N=BLOCK_ROWS,
+                BLOCK_RANK=block_width,
+                PART=part,
+                num_warps=4,
+                num_stages=2 if is_packed else 3,
+            )
+            first_column += width
         return splits.merge(queries, segment)
+
+
+def _parts(latent: Factor) -> Iterator[tuple[tuple[Array, ...], tuple[int, int], int, Any]]:
+    """Arrays, strides, columns and form of each part of a latent."""
+    arrays, batch_stride, row_stride = latent_arguments(latent)
+    layout = layout_of(latent)
+    if layout is None:
+        yield (arrays,) * 3, (batch_stride, row_stride), latent.shape[-1], None
+        return
+    for i, (width, part) in enumerate(zip(row_stride, layout, strict=True)):
+        yield arrays[3 * i : 3 * i + 3], (batch_stride, 1), width, part
 
 
 KERNEL = LowrankAttention()

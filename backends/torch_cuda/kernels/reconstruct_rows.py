@@ -21,6 +21,7 @@ from xkv.backends.torch_cuda.kernels.common import (
     segment_key,
     why_not_segment,
 )
+from xkv.backends.torch_cuda.kernels.latents import latent_arguments, layout_of
 
 
 @triton.jit(do_not_specialize=["position"])
@@ -44,6 +45,7 @@ def reconstruct_rows_kernel(
     TRADITIONAL: tl.constexpr,
     N: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
+    LAYOUT: tl.constexpr,
 ):
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     at = (batch * tl.num_programs(1) + head) * n_rows
@@ -51,7 +53,8 @@ def reconstruct_rows_kernel(
     is_inside = selected < n_rows
     ids = tl.load(rows + at + selected, mask=is_inside, other=0)
     x, y = rotated_keys(
-        latent + batch * latent_batch,
+        latent,
+        batch * latent_batch,
         latent_row,
         ids,
         is_inside,
@@ -66,6 +69,7 @@ def reconstruct_rows_kernel(
         TRADITIONAL,
         N,
         BLOCK_RANK,
+        LAYOUT,
     )
     first, second = pair_features(HEAD_DIM, ROPE_DIMS, TRADITIONAL)
     pointers = output + (at + selected)[:, None] * HEAD_DIM
@@ -77,10 +81,13 @@ class ReconstructRows:
     """:func:`xkv.selection.reconstruct_rows`
 
     For each KV head and row it reads ``rank`` latent elements and writes ``head_dim``; each block
-    of 64 rows reads the head's basis, out of the L2 cache. ``2 * rank * head_dim`` flops a row.
+    of 64 rows reads the head's basis, out of the L2 cache. ``2 * rank * head_dim`` flops a row. A
+    packed latent is read packed, ``bits / 8`` bytes a number and two scales a group, and widened in
+    registers.
     """
 
     name = "reconstruct_rows"
+    takes_packed = True
 
     def why_not(self, segment: Segment, rows: Array) -> str | None:
         """Any rank; one rotary embedding; head_dim a power of two."""
@@ -101,11 +108,10 @@ class ReconstructRows:
         latent, basis = segment.latent_k, segment.basis_k
         head_dim = basis.shape[-1]
         frequencies, rope_scale, constants = rope_arguments(segment)
-        output = torch.empty((*rows.shape, head_dim), dtype=latent.dtype, device=latent.device)
+        output = torch.empty((*rows.shape, head_dim), dtype=latent.dtype, device=rows.device)
         batch, n_kv_heads, n_rows = rows.shape
         reconstruct_rows_kernel[(triton.cdiv(n_rows, BLOCK_ROWS), n_kv_heads, batch)](
-            latent,
-            *latent.stride()[:2],
+            *latent_arguments(latent),
             rows.contiguous(),
             basis,
             *basis.stride()[:3],
@@ -118,6 +124,7 @@ class ReconstructRows:
             HEAD_DIM=head_dim,
             N=BLOCK_ROWS,
             BLOCK_RANK=block_rank(latent.dtype),
+            LAYOUT=layout_of(latent),
             **constants,
             **launch_options(head_dim),
         )

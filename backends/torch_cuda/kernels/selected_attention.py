@@ -13,10 +13,10 @@ from xkv.backend import Array, Backend
 from xkv.backends.torch_cuda.kernels.common import (
     BLOCK_ROWS,
     Splits,
-    attend_block,
     attend_dense_block,
     attention_key,
     block_rank,
+    block_weights,
     launch_options,
     load_queries,
     rope_arguments,
@@ -24,8 +24,10 @@ from xkv.backends.torch_cuda.kernels.common import (
     sample_dense,
     sample_segment,
     sharing_pad,
+    weigh_rows,
     why_not_attention,
 )
+from xkv.backends.torch_cuda.kernels.latents import latent_arguments, layout_of
 
 
 @triton.jit(do_not_specialize=["position", "n_dense", "n_splits"])
@@ -73,6 +75,8 @@ def selected_attention_kernel(
     SHARING_PAD: tl.constexpr,
     N: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
+    LAYOUT_K: tl.constexpr,
+    LAYOUT_V: tl.constexpr,
 ):
     split, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     at = batch * tl.num_programs(1) + head
@@ -88,7 +92,8 @@ def selected_attention_kernel(
         chunk = tl.load(chunks + at * n_chunks + selected // CHUNK_SIZE, mask=is_inside, other=0)
         rows = chunk * CHUNK_SIZE + selected % CHUNK_SIZE
         k_x, k_y = rotated_keys(
-            latent_k + batch * latent_k_batch,
+            latent_k,
+            batch * latent_k_batch,
             latent_k_row,
             rows,
             is_inside,
@@ -103,25 +108,35 @@ def selected_attention_kernel(
             TRADITIONAL,
             N,
             BLOCK_RANK,
+            LAYOUT_K,
         )
-        attend_block(
+        weights = block_weights(
             q_x,
             q_y,
             k_x.to(q_x.dtype),
             k_y.to(q_x.dtype),
             is_inside,
             scale,
-            latent_v + batch * latent_v_batch,
-            rows.to(tl.int64) * latent_v_row,
-            rank_v,
-            latent_parts + (first_query * n_latent_splits + split) * rank_v,
-            n_latent_splits * rank_v,
             maxima,
             sums,
             n_splits,
             SHARING,
             SHARING_PAD,
+        )
+        weigh_rows(
+            weights,
+            is_inside,
+            latent_v,
+            batch * latent_v_batch,
+            latent_v_row,
+            rows,
+            rank_v,
+            latent_parts + (first_query * n_latent_splits + split) * rank_v,
+            n_latent_splits * rank_v,
+            SHARING,
+            SHARING_PAD,
             BLOCK_RANK,
+            LAYOUT_V,
         )
     else:
         n_dense_splits = n_splits - n_latent_splits
@@ -162,9 +177,12 @@ class SelectedAttention:
     value_dim`` for a dense row; each block of 64 rows reads the head's key basis, out of the L2
     cache. The parts are ``4 * rank_v / 64`` bytes a row and query head, written once. ``2 *
     rank_k * head_dim`` flops a row for the keys, ``2 * (head_dim + rank_v)`` a row and query head.
+    Packed latents are read packed, ``bits / 8`` bytes a number and two scales a group, and widened
+    in registers.
     """
 
     name = "selected_attention"
+    takes_packed = True
 
     def why_not(
         self,
@@ -231,10 +249,8 @@ class SelectedAttention:
         selected_attention_kernel[(n_splits, n_kv_heads, batch)](
             queries.contiguous(),
             chunks.contiguous(),
-            segment.latent_k,
-            *segment.latent_k.stride()[:2],
-            segment.latent_v,
-            *segment.latent_v.stride()[:2],
+            *latent_arguments(segment.latent_k),
+            *latent_arguments(segment.latent_v),
             segment.basis_k,
             *segment.basis_k.stride()[:3],
             keys,
@@ -262,6 +278,8 @@ class SelectedAttention:
             SHARING_PAD=sharing_pad(n_sharing),
             N=BLOCK_ROWS,
             BLOCK_RANK=block_rank(queries.dtype),
+            LAYOUT_K=layout_of(segment.latent_k),
+            LAYOUT_V=layout_of(segment.latent_v),
             **constants,
             **launch_options(head_dim),
         )
