@@ -125,9 +125,14 @@ def make_packed_inputs(
     """:func:`make_inputs` with latents and bases packed in a layout."""
     widths, bits = zip(*layout, strict=True)
     inputs = make_inputs(backend, replace(case, rank_k=sum(widths), rank_v=sum(widths)), dtype)
-    latents = (pack_latent(backend, x, widths, bits) for x in inputs.segment[:2])
-    bases = (pack_basis(backend, x, widths, bits) for x in inputs.segment[2:4])
-    return replace(inputs, segment=Segment(*latents, *bases, *inputs.segment[4:]))
+    plain = inputs.segment
+    segment = plain._replace(
+        latent_k=pack_latent(backend, plain.latent_k, widths, bits),
+        latent_v=pack_latent(backend, plain.latent_v, widths, bits),
+        basis_k=pack_basis(backend, plain.basis_k, widths, bits),
+        basis_v=pack_basis(backend, plain.basis_v, widths, bits),
+    )
+    return replace(inputs, segment=segment)
 
 
 def exact_factor(backend: Backend, reference: Backend, factor: Any) -> Any:
@@ -150,11 +155,14 @@ def exact_packed_inputs(backend: Backend, reference: Backend, inputs: DecodeInpu
     def exact(x: Any) -> Any:
         return reference.from_numpy(backend.to_numpy(x).astype(np.float64))
 
-    factors = (exact_factor(backend, reference, x) for x in inputs.segment[:4])
+    names = ("latent_k", "latent_v", "basis_k", "basis_v")
+    factors = {
+        name: exact_factor(backend, reference, getattr(inputs.segment, name)) for name in names
+    }
     return replace(
         inputs,
         queries=exact(inputs.queries),
-        segment=Segment(*factors, *inputs.segment[4:]),
+        segment=inputs.segment._replace(**factors),
         keys=exact(inputs.keys),
         values=exact(inputs.values),
         chunks=reference.from_numpy(backend.to_numpy(inputs.chunks)),
