@@ -29,9 +29,10 @@ from xkv.tiny import CHECKPOINT_DIR
 
 METHODS = (
     "xkv",
-    "xkv:group_size=2",
-    "xkv:group_size=8",
-    "svd",
+    "xkv:group_size=4",
+    "xkv:group_size=4,latent_bits=16,window=128",
+    "xkv:group_size=8,latent_bits=16,window=128",
+    "svd:latent_bits=16,window=128",
     "quantized:bits=8",
     "quantized:bits=4",
     "quantized:bits=2",

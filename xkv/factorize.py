@@ -14,6 +14,9 @@ OVERSAMPLE_SHARE = 4
 """The iteration carries ``rank // OVERSAMPLE_SHARE`` more columns, at least 8, and drops them."""
 
 
+DIRECT_WIDTH = 2048
+"""Up to this joint width all eigenvectors cost less than an iteration for a third of them."""
+
 GRAM_SHARE = 8
 """From this share of the joint width on, the iteration runs on the joint Gram matrix."""
 
@@ -105,8 +108,11 @@ def factorize(
 
 
 def iteration_columns(rank: int, width: int) -> int:
-    """Columns that the subspace iteration carries for ``rank`` of ``width``."""
-    return min(rank + max(8, rank // OVERSAMPLE_SHARE), width)
+    """Columns that the subspace iteration carries; all of ``width`` where it is not needed."""
+    n_columns = rank + max(8, rank // OVERSAMPLE_SHARE)
+    if width <= DIRECT_WIDTH and n_columns > width // 3:
+        return width
+    return min(n_columns, width)
 
 
 def uses_gram(n_columns: int, width: int) -> bool:
