@@ -123,7 +123,7 @@ def test_short_prompt_stays_dense_and_the_output_says_so(capsys):
     ("flags", "words"),
     [
         (["--prompt", " "], "the prompt is empty"),
-        (["--rank-k", "600", "--rank-v", "16"], "rank_k=600 exceeds the joint width 512"),
+        (["--rank-k", "1100", "--rank-v", "16"], "rank_k=1100 exceeds the joint width 1024"),
         (["--rank-k", "16"], "rank_v is missing"),
         (["--compression", "0.5"], "compression=0.5 must be above 1"),
         (["--group-size", "0", "--compression", "4"], "contradicts"),
