@@ -91,7 +91,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(model: Path) -> Iterator[Server]:
-    running = Server(model, "--prompt-cache-bytes", str(LIMIT_BYTES))
+    running = Server(model, "--prompt-cache-bytes", str(LIMIT_BYTES), "--group-size", "4")
     yield running
     running.process.terminate()
     running.process.wait()
