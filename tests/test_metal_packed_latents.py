@@ -123,7 +123,7 @@ def test_planted_fault_is_found(emulated, reference, monkeypatch, name):
     for operation in ("reconstruct_rows", "selected_attention"):
         try:
             error = kernel_error(emulated, reference, operation, "groups-of-64")
-        except (AssertionError, emulator.MetalKernelError) as found:
+        except (ValueError, emulator.MetalKernelError) as found:
             assert "not finite" in str(found) or getattr(found, "kind", "compile") != "compile"
             continue
         assert error > 10 * TOLERANCE["float16"], f"{operation}: an error of {error:.1e} only"
