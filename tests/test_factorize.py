@@ -122,3 +122,12 @@ def test_factorize_refuses_layers_of_different_shapes(mlx_backend):
     layers = [mlx_backend.xp.zeros((10, 2, 8)), mlx_backend.xp.zeros((10, 2, 16))]
     with pytest.raises(InputError, match=r"\(10, 2, 8\), \(10, 2, 16\)"):
         factorize(mlx_backend, layers, 4)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("rank", [2, WIDTH])
+def test_factorize_refuses_numbers_that_are_not_finite(name, rank):
+    layers = make_layers(150, 1.0, seed=4)
+    layers[1][3, 0, 0] = np.nan
+    with pytest.raises(InputError, match="NaN or infinity"):
+        product(layers, rank, name)

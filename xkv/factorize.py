@@ -57,7 +57,7 @@ def factorize(
         spectrum: ``[..., rank]`` float32 singular values (float64 for float64 layers).
 
     Raises:
-        InputError: If the rank is out of range or the shapes differ.
+        InputError: If the rank is out of range, the shapes differ, or a number is not finite.
 
     Source: xKV, arXiv:2503.18893, section 4; shifted Cholesky QR, arXiv:1809.11085.
     """
@@ -86,6 +86,7 @@ def factorize(
     # the eigenvectors of the small Gram matrix turn the columns onto the singular directions
     projected = rows.times(right) if rows.gram is None else None
     small = rows.gram_in(right) if projected is None else xp.matrix_transpose(projected) @ projected
+    _check_finite(backend, small)
     eigenvalues, turn = backend.eigh(small)
     order = xp.arange(n_columns - 1, n_columns - 1 - rank, -1, **backend.placement)
     turn = xp.take(turn, order, axis=-1)
@@ -182,6 +183,11 @@ def _leading_directions(
     return right
 
 
+def _check_finite(backend: Backend, x: Array) -> None:
+    if not bool(backend.xp.all(backend.xp.isfinite(x))):
+        raise InputError("the rows hold NaN or infinity, which cannot be factored")
+
+
 def _orthonormalize(backend: Backend, x: Array) -> Array:
     """Orthonormal columns with the span of ``x``, by three passes of shifted Cholesky QR."""
     xp = backend.xp
@@ -192,6 +198,7 @@ def _orthonormalize(backend: Backend, x: Array) -> Array:
         # the smallest normal number keeps an all-zero matrix from stopping the factorization
         shift = mean_diagonal * (4 * xp.finfo(x.dtype).eps) + 1e-30
         while (factor := backend.cholesky(gram + shift * eye)) is None:
+            _check_finite(backend, shift)
             shift = shift * 10
         x = x @ xp.matrix_transpose(backend.solve_triangular(factor, eye))
     return x

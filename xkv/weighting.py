@@ -34,9 +34,6 @@ def column_weights(layer: LayerCache, name: str, rows: Array) -> Array | None:
 
     Raises:
         InputError: If attention was not watched, or the output projection is not known.
-
-    Source: KQ-SVD, arXiv:2512.05916, has the optimal form of weighting by attention, of which this
-    is the diagonal.
     """
     backend, config = layer.group.backend, layer.group.cache.config
     xp = backend.xp
