@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from xkv.codec import BAND, BITS, group_size_of, pack_part, row_bytes
+from xkv.codec import BAND, BITS, basis_row_bytes, group_size_of, pack_part, row_bytes
 
 if TYPE_CHECKING:
     from xkv.backend import Array, Backend
@@ -65,7 +65,8 @@ def band_options(
     rows = [(basis.shape[2], basis.shape[3]) for basis in bases]
     latent_bytes = [batch * n_rows * row_bytes(BAND, bits, item) for bits in BITS]
     basis_bytes = [
-        batch * BAND * sum(n * row_bytes(dim, bits, item) for n, dim in rows) for bits in basis_bits
+        batch * BAND * sum(n * basis_row_bytes(dim, bits, item) for n, dim in rows)
+        for bits in basis_bits
     ]
     return [
         ([] if band < n_needed else [Option(0, whole[band] / energy, 0, 0)])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from xkv.attention import Factor, RopeRun, Segment, reconstruct
-from xkv.codec import BAND, pack_basis, pack_latent, row_bytes
+from xkv.codec import BAND, basis_row_bytes, pack_basis, pack_latent, row_bytes
 from xkv.config import MAX_WINDOW, XKVConfig
 from xkv.ranks import CacheShape, GroupShape
 from xkv.rope import RopeSpec
@@ -66,7 +66,7 @@ class StepShape:
     def basis_bytes(self) -> int:
         """Bytes of both bases."""
         return self.n_kv_heads * sum(
-            width * row_bytes(self.head_dim, bits, self.item_bytes)
+            width * basis_row_bytes(self.head_dim, bits, self.item_bytes)
             for rank in (self.rank_k, self.rank_v)
             for width, bits in self.parts(rank)
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from xkv.codec import BAND, BITS, group_size_of, row_bytes
+from xkv.codec import BAND, BITS, basis_row_bytes, group_size_of, row_bytes
 from xkv.config import Rank, XKVConfig, buffer_rows
 from xkv.errors import InputError
 
@@ -280,7 +280,7 @@ def _least_factor_bytes(shape: CacheShape, config: XKVConfig, index: int, n_rows
         if width:
             bits = BITS[0] if group_size_of(dim) else 16
             columns = -(-min(config.min_rank, width, n_rows) // BAND) * BAND
-            basis = width // dim * row_bytes(dim, bits, shape.item_bytes)
+            basis = width // dim * basis_row_bytes(dim, bits, shape.item_bytes)
             total += columns * basis
             total += columns // BAND * n_rows * row_bytes(BAND, BITS[0], shape.item_bytes)
     return total

@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xkv.bit_plan import Option, band_options, choose, smallest_bytes
-from xkv.codec import BAND, Packed, Part, pack_latent, pack_part, rotate_bands, row_bytes
+from xkv.codec import (
+    BAND,
+    Packed,
+    pack_basis,
+    pack_latent,
+    pack_part,
+    rotate_bands,
+    row_bytes,
+)
 from xkv.errors import InputError
 from xkv.factorize import factorize
 
@@ -20,6 +28,12 @@ ERROR_FLOOR = 0.01
 
 ENERGY_FLOOR = 1e-6
 """Rows whose moving share is below this are constant but for rounding."""
+
+FIT_RIDGE = 1e-5
+"""Columns this near to dependent are not corrected along what they hardly have."""
+
+FITTED_ROWS = 4096
+"""Tokens that are widened at once when bases are fitted to a stored latent."""
 
 GROWTH_BITS = 8
 """Bits of columns that are added to quantized factors."""
@@ -138,22 +152,34 @@ class Draft(NamedTuple):
         return max(self.moving, ENERGY_FLOOR * self.total) or 1.0
 
     def pack(self, backend: Backend, chosen: Sequence[Option]) -> SharedFactors:
-        """The factors in the bits that were chosen for each band."""
-        latents: list[Part] = []
-        bases: list[list[Part]] = [[] for _ in self.bases]
+        """The factors in the bits that were chosen for each band.
+
+        The bases are fitted to the latent as it is stored, so that they make up for some of its
+        rounding.
+        """
+        runs: list[tuple[slice, int, int]] = []
         end = 0
         for (latent_bits, basis_bits), run in itertools.groupby(chosen, lambda x: x[2:]):
             start, end = end, end + BAND * len(list(run))
             if latent_bits:
-                columns = backend.own(self.latent[..., start:end])
-                latents.append(pack_part(backend, columns, latent_bits))
-                for parts, basis in zip(bases, self.bases, strict=True):
-                    parts.append(pack_part(backend, backend.own(basis[:, start:end]), basis_bits))
-        packed = (Packed(tuple(latents), 2), *(Packed(tuple(parts), 1) for parts in bases))
-        backend.evaluate(*(x for each in packed for x in each.arrays))
+                runs.append((slice(start, end), latent_bits, basis_bits))
+        columns = [self.latent[..., run] for run, _, _ in runs]
+        parts = [
+            pack_part(backend, backend.own(x), bits)
+            for x, (_, bits, _) in zip(columns, runs, strict=True)
+        ]
+        latent = Packed(tuple(parts), 2)
+        backend.evaluate(*latent.arrays)
+        turn = _turn_to_stored(backend, latent, columns)
+        bases = []
+        for basis in self.bases:
+            rows = backend.xp.concat([basis[:, run] for run, _, _ in runs], axis=1)
+            rows = backend.xp.astype(_turn_basis(backend, rows, turn), basis.dtype)
+            bases.append(pack_basis(backend, rows, latent.widths, [bits for _, _, bits in runs]))
+            backend.evaluate(*bases[-1].arrays)
         lost = self.lost + self._unit * sum(option.error for option in chosen)
         error = min(lost / self.total, 1.0) ** 0.5 if self.total else 0.0
-        return SharedFactors(packed[0], packed[1:], error)
+        return SharedFactors(latent, tuple(bases), error)
 
 
 def factor_rows(
@@ -346,10 +372,7 @@ def _turn(
     order = xp.arange(factors.rank - 1, factors.rank - 1 - rank, -1, **backend.placement)
     turn = xp.take(turn, order, axis=-1)
     latent = xp.concat([x @ turn for x in (upper, lower, rest)], axis=1)
-    bases = tuple(
-        _turn_basis(backend, xp.astype(basis.unpack(backend), wide), turn)
-        for basis in factors.bases
-    )
+    bases = tuple(_turn_basis(backend, basis.unpack(backend), turn) for basis in factors.bases)
     if is_plain:
         latent, bases = xp.astype(latent, dtype), tuple(xp.astype(x, dtype) for x in bases)
     else:
@@ -368,10 +391,38 @@ def _turn(
     return merged._replace(latent=latent, recent=recent if recent.shape[1] else None)
 
 
+def _turn_to_stored(backend: Backend, stored: Packed, columns: Sequence[Array]) -> Array:
+    """``[B, r, r]`` whose transpose T makes ``stored @ T`` the best fit to a latent, near identity.
+
+    Args:
+        stored: ``[B, L, r]``: the latent in few bits.
+        columns: The latent as it was, in parts.
+    """
+    xp = backend.xp
+    wide = backend.accumulate_dtype(columns[0])
+    n_rows = stored.shape[1]
+    gram = product = None
+    for start in range(0, n_rows, FITTED_ROWS):
+        end = min(start + FITTED_ROWS, n_rows)
+        before = xp.concat([xp.astype(x[:, start:end], wide) for x in columns], axis=-1)
+        after = xp.astype(stored.rows(start, end).unpack(backend), wide)
+        turned = xp.matrix_transpose(after)
+        added = turned @ after, turned @ (before - after)
+        gram, product = added if gram is None else (gram + added[0], product + added[1])
+        backend.evaluate(gram, product)
+    eye = xp.eye(stored.rank, dtype=wide, **backend.placement)
+    # columns of one length, so that what keeps the matrix regular costs weak ones no precision
+    size = xp.sqrt(xp.sum(gram * eye, axis=-1))
+    size = xp.where(size > 0, size, xp.ones_like(size))
+    inverse = _inverse(backend, gram / (size[..., None] * size[..., None, :]) + FIT_RIDGE * eye)
+    correction = xp.matrix_transpose(product / size[..., None]) @ inverse / size[..., None, :]
+    return correction + eye
+
+
 def _turn_basis(backend: Backend, basis: Array, turn: Array) -> Array:
     xp = backend.xp
     batch, rank, n_kv_heads, head_dim = basis.shape
-    flat = xp.reshape(basis, (batch, rank, n_kv_heads * head_dim))
+    flat = xp.reshape(xp.astype(basis, turn.dtype), (batch, rank, n_kv_heads * head_dim))
     turned = xp.matrix_transpose(turn) @ flat
     return xp.reshape(turned, (batch, -1, n_kv_heads, head_dim))
 
@@ -383,13 +434,19 @@ def _least_squares(backend: Backend, parts: Sequence[Array], bases: Sequence[Arr
         part @ xp.matrix_transpose(basis) for part, basis in zip(parts, bases, strict=True)
     )
     gram = sum(basis @ xp.matrix_transpose(basis) for basis in bases)
+    return product @ _inverse(backend, gram)
+
+
+def _inverse(backend: Backend, gram: Array) -> Array:
+    """Of a positive semidefinite matrix; where it is singular, of one a little larger."""
+    xp = backend.xp
     eye = xp.eye(gram.shape[-1], dtype=gram.dtype, **backend.placement)
     mean_diagonal = float(xp.sum(gram * eye)) / (gram.shape[0] * gram.shape[-1])
     shift = 4 * float(xp.finfo(gram.dtype).eps) * mean_diagonal
     while (factor := backend.cholesky(gram + shift * eye)) is None:
         shift *= 10
     inverse = backend.solve_triangular(factor, eye)
-    return product @ (xp.matrix_transpose(inverse) @ inverse)
+    return xp.matrix_transpose(inverse) @ inverse
 
 
 def _widen(backend: Backend, rows: Array, rank: int) -> Array:
