@@ -191,6 +191,25 @@ def test_selected_attention_over_many_blocks(backend: Backend, reference: Backen
     check(backend, reference, "selected_attention", arguments("selected_attention", inputs))
 
 
+@pytest.mark.parametrize("operation", ["selected_attention", "lowrank_attention"])
+@pytest.mark.parametrize("n_used", [1, 64, 70, 130])
+def test_kernel_reads_the_rows_in_use(
+    backend: Backend, reference: Backend, operation: str, n_used: int
+) -> None:
+    """Of 130 dense rows, three blocks: some of these are in use in part or not at all."""
+    inputs = make_inputs(backend, CASES[4], "float32")
+    counted = torch.tensor([n_used], device=backend.device)
+    segment = inputs.segment._replace(n_dense=counted)
+    unused = torch.arange(130, device=backend.device)[:, None] >= n_used
+    keys, values = (torch.where(unused, 1e3, x) for x in (inputs.keys, inputs.values))
+    args = arguments(operation, make_like(inputs, segment=segment, keys=keys, values=values))
+    check(backend, reference, operation, args)
+    plain = arguments(operation, make_like(inputs, keys=keys, values=values))
+    cut = tuple(x[..., :n_used, :] if x is keys or x is values else x for x in plain)
+    got, want = getattr(backend, operation)(*args), getattr(backend, operation)(*cut)
+    assert relative_error(backend.to_numpy(got), backend.to_numpy(want)) < 1e-5
+
+
 @pytest.mark.parametrize("start", [100_000, 1_000_000])
 def test_reconstruct_rows_far_positions(backend: Backend, start: int) -> None:
     # float32 angles are coarse out here, and are part of the definition: the cosines are not

@@ -96,9 +96,11 @@ def main() -> None:
         for name, args in launches.items():
             triton_kernels.TritonKernel(name)(*args)
         in_parts = segment._replace(latent_k=packed_latent(array), latent_v=packed_latent(array))
+        counted = in_parts._replace(n_dense=array(1, dtype=torch.int64))
         for name in ("reconstruct_rows", "selected_attention", "lowrank_attention"):
-            args = (in_parts if x is segment else x for x in launches[name])
-            triton_kernels.TritonKernel(name)(*args)
+            for other in (in_parts, counted):
+                args = (other if x is segment else x for x in launches[name])
+                triton_kernels.TritonKernel(name)(*args)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from xkv.grouping import make_groups
 from xkv.profile import Profile, load_profile
 from xkv.prompt_cache import disable, enable, load_prompt_cache, save_prompt_cache
 from xkv.rope import RopeSpec
-from xkv.transformers_cache import load_torch_cache, torch_cache, torch_prefill
+from xkv.transformers_cache import load_torch_cache, torch_cache, torch_decoder, torch_prefill
 
 __all__ = [
     "InputError",
@@ -25,5 +25,6 @@ __all__ = [
     "make_groups",
     "save_prompt_cache",
     "torch_cache",
+    "torch_decoder",
     "torch_prefill",
 ]

@@ -39,6 +39,9 @@ class Segment(NamedTuple):
     """Position of the first row."""
     rope_runs: tuple[RopeRun, ...]
     """How the rows' keys are rotated, in order; together L rows."""
+    n_dense: Array | None = None
+    """How many of the dense rows beside the segment are in use, an integer ``[1]`` on the device;
+    None for all."""
 
 
 def rope_rows(
@@ -100,6 +103,7 @@ def lowrank_attention(
         per_head = xp.reshape(scores, (*queries.shape[:3], scores.shape[-1]))
         per_head = xp.where(mask, per_head, xp.finfo(scores.dtype).min)
         scores = xp.reshape(per_head, scores.shape)
+    scores = without_unused(backend, scores, keys.shape[-2], segment.n_dense)
     latent_v = segment.latent_v
     if not isinstance(latent_v, Packed):
         latent_v = latent_v[:, None]
@@ -120,6 +124,15 @@ def grouped_scores(
     )
     scores = xp.concat([grouped @ xp.matrix_transpose(keys) for keys in key_parts], axis=-1)
     return xp.astype(scores, backend.accumulate_dtype(queries))
+
+
+def without_unused(backend: Backend, scores: Array, n_rows: int, n_used: Array | None) -> Array:
+    """Scores whose last ``n_rows`` columns are dense rows, with no weight on unused ones."""
+    if n_used is None:
+        return scores
+    xp = backend.xp
+    rows = xp.arange(scores.shape[-1], **backend.placement) - (scores.shape[-1] - n_rows)
+    return xp.where(rows < n_used, scores, xp.finfo(scores.dtype).min)
 
 
 def attend_parts(

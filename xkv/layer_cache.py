@@ -39,15 +39,23 @@ class RowBuffer:
     def append(self, rows: Array) -> None:
         """Add rows at the end."""
         end = self.n_rows + rows.shape[-2]
-        if self.allocated is None or end > self.allocated.shape[-2]:
-            xp = self._group.backend.xp
-            n_rows = max(buffer_rows(end), buffer_rows(self.reserved) if self.reserved else 0)
-            spare = (*rows.shape[:2], n_rows - self.n_rows, rows.shape[-1])
-            grown = xp.zeros(spare, dtype=rows.dtype, **self._group.backend.placement)
-            kept = [] if self.allocated is None else [self.rows]
-            self.allocated = xp.concat([*kept, grown], axis=-2)
+        self.make_room(end, rows)
         self.allocated[..., self.n_rows : end, :] = rows
         self.n_rows = end
+
+    def make_room(self, n_rows: int, like: Array) -> None:
+        """Have a buffer of at least ``n_rows`` rows, in the shape of others but for their number.
+
+        Unused rows are zeros.
+        """
+        if self.allocated is not None and n_rows <= self.allocated.shape[-2]:
+            return
+        xp = self._group.backend.xp
+        size = max(buffer_rows(n_rows), buffer_rows(self.reserved) if self.reserved else 0)
+        spare = (*like.shape[:2], size - self.n_rows, like.shape[-1])
+        grown = xp.zeros(spare, dtype=like.dtype, **self._group.backend.placement)
+        kept = [] if self.allocated is None else [self.rows]
+        self.allocated = xp.concat([*kept, grown], axis=-2)
 
     @property
     def rows(self) -> Array:
@@ -132,9 +140,18 @@ class LayerCache:
         self.values.append(values)
         if is_first:
             cache.observe(self)
+        self._note_rotation(n_tokens, rope)
+
+    def count_step(self, rope: RopeSpec | None) -> None:
+        """Count one row that a step of constant shapes wrote behind the others."""
+        self.keys.n_rows += 1
+        self.values.n_rows += 1
+        self._note_rotation(1, rope)
+
+    def _note_rotation(self, n_rows: int, rope: RopeSpec | None) -> None:
         if self.rope_runs and self.rope_runs[-1].spec == rope:
-            n_tokens += self.rope_runs.pop().n_rows
-        self.rope_runs.append(RopeRun(n_tokens, rope))
+            n_rows += self.rope_runs.pop().n_rows
+        self.rope_runs.append(RopeRun(n_rows, rope))
 
     @property
     def is_watching(self) -> bool:
@@ -274,9 +291,10 @@ class LayerCache:
         parts = [rows[..., :start, :], rows[..., end:, :]]
         return self.group.backend.xp.concat(parts, axis=-2)
 
-    def _rows_to_attend(self, name: str, with_outliers: bool) -> Array:
+    def _rows_to_attend(self, name: str, with_outliers: bool, with_unused: bool = False) -> Array:
         """Dense rows and recent ones, which are rebuilt: all that is not in the segment."""
-        rows = getattr(self, name).rows
+        buffer = getattr(self, name)
+        rows = buffer.allocated if with_unused else buffer.rows
         start = self.group.start + self.n_outlier_rows * with_outliers
         if not with_outliers:
             rows = self._without_outliers(rows)
@@ -302,24 +320,42 @@ class LayerCache:
         if not self.is_compressed or queries.shape[-2] >= FUSED_QUERIES:
             keys, values = self.dense()
             return group.backend.attention(queries, keys, values, scale, mask)
-        if self.landmarks is not None and queries.shape[-2] == 1 and mask is None:
-            budget, chunk_size = group.cache.config.budget, self.landmarks.chunk_size
-            chunks = group.backend.select_chunks(queries, self.landmarks, budget, scale)
-            return group.backend.selected_attention(
-                queries,
-                self.segment(),
-                chunks,
-                chunk_size,
-                self._rows_to_attend("keys", True),
-                self._rows_to_attend("values", True),
-                scale,
-            )
+        if queries.shape[-2] == 1 and mask is None:
+            return self.attend_step(queries, scale)
         if mask is not None:
             start, end = group.start, group.start + self.n_segment
             parts = [mask[..., start:end], mask[..., :start], mask[..., end:]]
             mask = group.backend.xp.concat(parts, axis=-1)
         keys, values = (self._rows_to_attend(name, False) for name in ("keys", "values"))
         return group.backend.lowrank_attention(queries, self.segment(), keys, values, scale, mask)
+
+    def attend_step(self, queries: Array, scale: float, n_new: Array | None = None) -> Array:
+        """Attention of one token over a compressed cache.
+
+        Args:
+            queries: ``[B, n_heads, 1, head_dim]``, rotated.
+            scale: Factor on the scores.
+            n_new: Rows written behind those that are counted, an integer ``[1]`` on the device:
+                then the whole buffers are read, so that every shape is the next step's too.
+
+        Returns:
+            ``[B, n_heads, 1, value_dim]``.
+        """
+        group, landmarks, segment = self.group, self.landmarks, self.segment()
+        is_static, selects = n_new is not None, landmarks is not None
+        keys, values = (
+            self._rows_to_attend(name, selects, is_static) for name in ("keys", "values")
+        )
+        if is_static:
+            n_counted = self.n_recent + self.keys.n_rows - self.n_outlier_rows * (not selects)
+            segment = segment._replace(n_dense=n_new + n_counted)
+        if landmarks is None:
+            return group.backend.lowrank_attention(queries, segment, keys, values, scale)
+        budget = group.cache.config.budget
+        chunks = group.backend.select_chunks(queries, landmarks, budget, scale)
+        return group.backend.selected_attention(
+            queries, segment, chunks, landmarks.chunk_size, keys, values, scale
+        )
 
     def arrays(self) -> list[Array]:
         """The arrays this layer holds, without the latents that its group shares."""

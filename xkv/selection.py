@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from xkv.attention import Factor, Segment, attend_parts, grouped_scores
+from xkv.attention import Factor, Segment, attend_parts, grouped_scores, without_unused
 from xkv.codec import Packed, group_size_of, unpacked
 
 if TYPE_CHECKING:
@@ -204,5 +204,6 @@ def selected_attention(
     rows = chunk_rows(backend, chunks, chunk_size)
     selected = reconstruct_chunks(backend, segment, chunks, chunk_size)
     scores = grouped_scores(backend, queries, [selected, keys], scale)
+    scores = without_unused(backend, scores, keys.shape[-2], segment.n_dense)
     latent_v = take_rows(backend, segment.latent_v, rows)
     return attend_parts(backend, queries, scores, latent_v, segment.basis_v, values)

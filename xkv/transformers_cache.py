@@ -54,6 +54,23 @@ def torch_prefill(model: Any, cache: Any, input_ids: Any, **options: Any) -> Non
     load_backend_module("torch").torch_prefill(model, cache, input_ids, **options)
 
 
+def torch_decoder(model: Any, cache: Any) -> Any:
+    """Decode one token after the other in steps of constant shapes.
+
+    ``decoder(tokens)`` takes ``[B, 1]`` and returns logits ``[B, vocabulary]``, which the next step
+    may overwrite. On CUDA the steps between two folds of the tail are replays of one graph; on the
+    CPU they run as they are. The cache may be used otherwise in between.
+
+    Args:
+        model: The model that the cache was made for.
+        cache: From :func:`torch_cache`, after the prompt but for its last token.
+
+    Raises:
+        InputError: If a layer's rows are not in the compressed cache, or the batch has padding.
+    """
+    return load_backend_module("torch").torch_decoder(model, cache)
+
+
 def load_torch_cache(
     model: Any, file_name: str, config: XKVConfig | None = None, **options: Any
 ) -> Any:

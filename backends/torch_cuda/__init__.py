@@ -18,6 +18,7 @@ __all__ = [
     "make_backend",
     "save_prompt_cache",
     "torch_cache",
+    "torch_decoder",
     "torch_prefill",
 ]
 
@@ -53,6 +54,13 @@ def torch_prefill(model: Any, cache: Any, input_ids: Any, **options: Any) -> Non
     from xkv.backends.torch_cuda import prefill
 
     prefill.prefill(model, cache, input_ids, **options)
+
+
+def torch_decoder(model: Any, cache: Any) -> Any:
+    """See :func:`xkv.torch_decoder`."""
+    from xkv.backends.torch_cuda import decoder
+
+    return decoder.Decoder(model, cache)
 
 
 def save_prompt_cache(file_name: str, cache: Any, metadata: dict[str, str] | None = None) -> None:

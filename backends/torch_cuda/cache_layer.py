@@ -77,7 +77,7 @@ class XKVLayer(CacheLayerMixin, AttendingLayer):
         super().__init__()
         self.parts = list(parts)
         self.rope = rope
-        self._returns_rows = returns_rows
+        self.returns_rows = returns_rows
         self._padding = padding or Padding()
         self.n_rows = self.parts[0].offset
         """Rows seen, padding included."""
@@ -96,7 +96,7 @@ class XKVLayer(CacheLayerMixin, AttendingLayer):
         for part, keys, values in self._of_each(key_states, value_states):
             rope = None if self.rope is None else self.rope.at(part.offset + keys.shape[-2])
             part.append(keys, values, rope)
-        if not self._returns_rows:
+        if not self.returns_rows:
             return self, self
         if self._padding.is_token is None:
             return self.parts[0].dense()

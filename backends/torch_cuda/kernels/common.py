@@ -183,7 +183,8 @@ def block_weights(
     scores = tl.dot(k_y, q_y, scores, input_precision="ieee") * scale
     scores = tl.where(is_inside[:, None], scores, float("-inf"))
     largest = tl.max(scores, axis=0)
-    weights = tl.exp(scores - largest[None, :])
+    # a block without any row has no largest score: its weights are zeros
+    weights = tl.exp(scores - tl.where(largest > float("-inf"), largest, 0.0)[None, :])
     heads = tl.arange(0, SHARING_PAD)
     is_head = heads < SHARING
     tl.store(maxima + heads * stat_head, largest, mask=is_head)
@@ -276,10 +277,14 @@ def attend_dense_block(
     SHARING_PAD: tl.constexpr,
     N: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
+    IS_COUNTED: tl.constexpr,
 ):
-    """A block's part of the softmax over dense rows ``block * N`` and following, by query head."""
+    """A block's part of the softmax over dense rows ``block * N`` and following, by query head.
+
+    With IS_COUNTED ``n_dense`` points to the number of rows.
+    """
     rows = block * N + tl.arange(0, N)
-    is_inside = rows < n_dense
+    is_inside = rows < (tl.load(n_dense) if IS_COUNTED else n_dense)
     first, second = pair_features(HEAD_DIM, ROPE_DIMS, TRADITIONAL)
     pointers = keys + rows.to(tl.int64)[:, None] * keys_row
     k_x = tl.load(pointers + first[None, :], mask=is_inside[:, None], other=0.0)
@@ -515,7 +520,9 @@ def segment_key(segment: Segment) -> tuple[Any, ...]:
     both = segment.latent_k, segment.latent_v
     is_round = [x.shape[-1] % 16 == 0 for x in both]
     dtype = str(segment.latent_k.dtype).removeprefix("torch.")
-    return (dtype, segment.basis_k.shape[-1], rope, *is_round, *map(latents.layout_of, both))
+    is_counted = segment.n_dense is not None
+    layouts = map(latents.layout_of, both)
+    return (dtype, segment.basis_k.shape[-1], rope, *is_round, *layouts, is_counted)
 
 
 def sample_segment(backend: Backend, segment: Segment, n_rows: int) -> Segment:
@@ -529,6 +536,10 @@ def sample_segment(backend: Backend, segment: Segment, n_rows: int) -> Segment:
     latent_k = small_latent(backend, segment.latent_k, n_rows, rank_k, 0)
     latent_v = small_latent(backend, segment.latent_v, n_rows, rank_v, 1)
     spec: RopeSpec | None = segment.rope_runs[0].spec
+    n_dense = None
+    if segment.n_dense is not None:
+        # the last of the rows of :func:`sample_dense` is not in use, nor is then any of its block
+        n_dense = torch.full_like(segment.n_dense, BLOCK_ROWS)
     return Segment(
         latent_k,
         latent_v,
@@ -536,6 +547,7 @@ def sample_segment(backend: Backend, segment: Segment, n_rows: int) -> Segment:
         basis(latent_v, segment.basis_v.shape[-1], 3),
         segment.start,
         (RopeRun(n_rows, spec),),
+        n_dense,
     )
 
 

@@ -74,6 +74,7 @@ def scores_kernel(
     N: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     LAYOUT: tl.constexpr,
+    IS_COUNTED: tl.constexpr,
 ):
     # KV heads run side by side, so that a latent row is read from memory once
     head, block, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -137,6 +138,7 @@ def scores_kernel(
             SHARING_PAD,
             N,
             BLOCK_RANK,
+            IS_COUNTED,
         )
 
 
@@ -304,7 +306,7 @@ class LowrankAttention:
             splits.maxima,
             splits.sums,
             n_rows,
-            keys.shape[-2],
+            keys.shape[-2] if segment.n_dense is None else segment.n_dense,
             n_blocks,
             splits.n_latent,
             n_splits,
@@ -320,6 +322,7 @@ class LowrankAttention:
             N=BLOCK_ROWS,
             BLOCK_RANK=block_rank(queries.dtype),
             LAYOUT=layout_of(segment.latent_k),
+            IS_COUNTED=segment.n_dense is not None,
             **constants,
             **launch_options(head_dim),
         )

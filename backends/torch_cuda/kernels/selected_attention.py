@@ -77,6 +77,7 @@ def selected_attention_kernel(
     BLOCK_RANK: tl.constexpr,
     LAYOUT_K: tl.constexpr,
     LAYOUT_V: tl.constexpr,
+    IS_COUNTED: tl.constexpr,
 ):
     split, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     at = batch * tl.num_programs(1) + head
@@ -164,6 +165,7 @@ def selected_attention_kernel(
             SHARING_PAD,
             N,
             BLOCK_RANK,
+            IS_COUNTED,
         )
 
 
@@ -262,7 +264,7 @@ class SelectedAttention:
             splits.maxima,
             splits.sums,
             n_chunks,
-            keys.shape[-2],
+            keys.shape[-2] if segment.n_dense is None else segment.n_dense,
             splits.n_latent,
             n_splits,
             segment.latent_k.shape[-1],
@@ -280,6 +282,7 @@ class SelectedAttention:
             BLOCK_RANK=block_rank(queries.dtype),
             LAYOUT_K=layout_of(segment.latent_k),
             LAYOUT_V=layout_of(segment.latent_v),
+            IS_COUNTED=segment.n_dense is not None,
             **constants,
             **launch_options(head_dim),
         )
