@@ -301,7 +301,9 @@ def main() -> None:
             rows.append(row)
             print(", ".join(f"{name} {text}" for name, text in row.cells().items()), flush=True)
         rank = (SMALL if args.tiny else PAPER)["rank_k"]
-        factorizations = compare_factorizations(bench.backend, bench.group_keys(), rank, args.runs)
+        factorizations = compare_factorizations(
+            bench.backend, bench.group_keys(), rank, args.runs, bench.dtype
+        )
     except InputError as error:
         sys.exit(f"error: {error}")
     report = "\n\n".join(

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -131,3 +132,31 @@ def test_factorize_refuses_numbers_that_are_not_finite(name, rank):
     layers[1][3, 0, 0] = np.nan
     with pytest.raises(InputError, match="NaN or infinity"):
         product(layers, rank, name)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("rank", [40, 200, 600])  # by the rows, by the Gram matrix, all at once
+def test_products_in_16_bits_stay_within_one_percent_of_the_exact_truncation(rank, dtype):
+    backend = load_backend("torch", device="cpu")
+    random = np.random.default_rng(0)
+    columns = np.exp(-np.arange(1536) / 100) + 0.003
+    mixed = random.standard_normal((700, 1536)) * columns @ random.standard_normal((1536, 1536))
+    joint = torch.from_numpy(mixed).to(getattr(torch, dtype)).float()  # as a cache holds them
+    layers = [x.unflatten(-1, (8, 64)) for x in joint.chunk(3, dim=1)]
+    latent, bases, _ = factorize(backend, layers, rank, product_dtype=getattr(torch, dtype))
+    assert latent.dtype == torch.float32
+    got = latent @ torch.cat([basis.flatten(1) for basis in bases], dim=1)
+    optimal = torch.linalg.svdvals(joint.double())[rank:].square().sum().sqrt()
+    assert (got - joint).norm() <= 1.01 * optimal
+
+
+def test_cuda_multiplies_16_bits_into_float32(monkeypatch):
+    """Shapes and dtypes only: tensors without memory."""
+    backend = load_backend("torch", device="cpu")
+    assert backend.product_dtype(torch.bfloat16) is None
+    monkeypatch.setattr(backend, "device", torch.device("cuda"))
+    assert backend.product_dtype(torch.bfloat16) == torch.bfloat16
+    assert backend.product_dtype(torch.float32) is None
+    rows = torch.empty((2, 3, 50, 8), dtype=torch.bfloat16, device="meta")
+    product = backend.wide_product(rows.mT, rows)
+    assert product.shape == (2, 3, 8, 8) and product.dtype == torch.float32

@@ -1,9 +1,10 @@
-"""Decode steps of constant shapes: the tokens of ordinary ones, and replayable on the same memory."""
+"""Decode steps of constant shapes: ordinary tokens, and replays on the same memory."""
 
 import pytest
 import torch
-import xkv
 from torch.utils._python_dispatch import TorchDispatchMode
+
+import xkv
 from tests.torch_models import make_model, make_prompt
 from xkv.backends.torch_cuda.decoder import Decoder
 
@@ -31,7 +32,9 @@ class Recording(TorchDispatchMode):
     def replay(self):
         for func, args, kwargs, before in self.calls:
             again = func(*args, **kwargs)
-            for old, new in zip(*map(torch.utils._pytree.tree_leaves, (before, again)), strict=True):
+            for old, new in zip(
+                *map(torch.utils._pytree.tree_leaves, (before, again)), strict=True
+            ):
                 if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
@@ -114,5 +117,3 @@ def test_what_cannot_be_replayed_is_refused(name, padding, sentence):
     xkv.torch_prefill(model, cache, prompt, attention_mask=mask)
     with pytest.raises(xkv.InputError, match=sentence):
         xkv.torch_decoder(model, cache)
-
-

@@ -124,6 +124,15 @@ class Backend(ABC):
     def dequantize(self, packed: tuple[Array, ...], group_size: int, bits: int) -> Array:
         """The inverse of :meth:`quantize`, in the scales' dtype."""
 
+    def product_dtype(self, dtype: Any) -> Any:
+        """The dtype in which rows of a KV dtype are multiplied to be factored; None for float32."""
+        return None
+
+    def wide_product(self, left: Array, right: Array) -> Array:
+        """``left @ right`` of 16-bit matrices ``[..., M, K]`` and ``[..., K, N]``, in float32."""
+        xp = self.xp
+        return xp.astype(left, xp.float32) @ xp.astype(right, xp.float32)
+
     @abstractmethod
     def quantized_matmul(
         self,

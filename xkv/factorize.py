@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xkv.errors import InputError
 
@@ -36,6 +36,7 @@ def factorize(
     *,
     power_iterations: int = 3,
     seed: int = 0,
+    product_dtype: Any = None,
 ) -> Factors:
     """Factor one layer group's keys (or values) into a shared latent.
 
@@ -49,6 +50,9 @@ def factorize(
         rank: Columns to keep, 1 to ``len(layers) * n_kv_heads * head_dim``.
         power_iterations: More of them bring the error closer to the optimal truncation.
         seed: The random start is drawn by numpy, so it is the same on every backend.
+        product_dtype: A 16-bit dtype in which the rows are multiplied, with sums in float32. None
+            is what the backend takes for the layers' dtype: the same on CUDA, float32 or wider
+            elsewhere.
 
     Returns:
         latent: ``[..., L, rank]``, columns in order of falling singular value, in the layers'
@@ -76,11 +80,9 @@ def factorize(
             f"rank={rank} is not in 1 to the joint width {width} "
             f"({len(layers)} layers x {n_kv_heads} kv heads x {head_dim}); lower the rank"
         )
-    dtype = backend.accumulate_dtype(layers[0])
-    rows = _Rows(
-        backend,
-        [xp.astype(xp.reshape(x, (*batch, n_tokens, layer_width)), dtype) for x in layers],
-    )
+    flat = [xp.reshape(x, (*batch, n_tokens, layer_width)) for x in layers]
+    product_dtype = product_dtype or backend.product_dtype(layers[0].dtype)
+    rows = _Rows(backend, flat, backend.accumulate_dtype(layers[0]), product_dtype)
     n_columns = iteration_columns(rank, width)
     right = _leading_directions(rows, width, n_columns, power_iterations, seed)
     # the eigenvectors of the small Gram matrix turn the columns onto the singular directions
@@ -126,10 +128,15 @@ class _Rows:
 
     Args:
         parts: One ``[..., L, layer width]`` a layer.
+        dtype: Of products.
+        product_dtype: Of what is multiplied, if not the same.
     """
 
-    def __init__(self, backend: Backend, parts: Sequence[Array]) -> None:
-        self.backend, self.parts = backend, parts
+    def __init__(
+        self, backend: Backend, parts: Sequence[Array], dtype: Any, product_dtype: Any
+    ) -> None:
+        self.backend, self.dtype, self.product_dtype = backend, dtype, product_dtype
+        self.parts = [backend.xp.astype(x, product_dtype or dtype) for x in parts]
         self.gram: Array | None = None
         """``X^T X``, where it was made."""
 
@@ -137,7 +144,7 @@ class _Rows:
         """``X @ right``"""
         width, product = self.parts[0].shape[-1], None
         for i, part in enumerate(self.parts):
-            added = part @ right[..., i * width : (i + 1) * width, :]
+            added = self._product(part, right[..., i * width : (i + 1) * width, :])
             product = added if product is None else product + added
             # one at a time: they are as long as the prompt
             self.backend.evaluate(product)
@@ -146,7 +153,20 @@ class _Rows:
     def transposed_times(self, left: Array) -> Array:
         """``X^T @ left``"""
         xp = self.backend.xp
-        return xp.concat([xp.matrix_transpose(part) @ left for part in self.parts], axis=-2)
+        products = [self._product(xp.matrix_transpose(part), left) for part in self.parts]
+        return xp.concat(products, axis=-2)
+
+    def _product(self, rows: Array, other: Array) -> Array:
+        if self.product_dtype is None:
+            return rows @ other
+        xp, backend = self.backend.xp, self.backend
+        first = xp.astype(other, self.product_dtype)
+        product = backend.wide_product(rows, first)
+        if other.dtype != self.product_dtype:
+            # what rounding took off is a second matrix of the same dtype
+            rest = xp.astype(other - xp.astype(first, other.dtype), self.product_dtype)
+            product = product + backend.wide_product(rows, rest)
+        return product
 
     def make_gram(self) -> None:
         """Multiply every layer with every other."""
@@ -165,7 +185,7 @@ def _leading_directions(
 ) -> Array:
     """Orthonormal columns ``[..., width, n_columns]`` near the leading right singular vectors."""
     backend, xp = rows.backend, rows.backend.xp
-    batch, dtype = rows.parts[0].shape[:-2], rows.parts[0].dtype
+    batch, dtype = rows.parts[0].shape[:-2], rows.dtype
     if uses_gram(n_columns, width):
         rows.make_gram()
     if n_columns == width:

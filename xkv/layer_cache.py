@@ -39,23 +39,24 @@ class RowBuffer:
     def append(self, rows: Array) -> None:
         """Add rows at the end."""
         end = self.n_rows + rows.shape[-2]
-        self.make_room(end, rows)
-        self.allocated[..., self.n_rows : end, :] = rows
+        buffer = self.make_room(end, rows)
+        buffer[..., self.n_rows : end, :] = rows
         self.n_rows = end
 
-    def make_room(self, n_rows: int, like: Array) -> None:
-        """Have a buffer of at least ``n_rows`` rows, in the shape of others but for their number.
+    def make_room(self, n_rows: int, like: Array) -> Array:
+        """A buffer of at least ``n_rows`` rows, in the shape of others but for their number.
 
         Unused rows are zeros.
         """
         if self.allocated is not None and n_rows <= self.allocated.shape[-2]:
-            return
+            return self.allocated
         xp = self._group.backend.xp
         size = max(buffer_rows(n_rows), buffer_rows(self.reserved) if self.reserved else 0)
         spare = (*like.shape[:2], size - self.n_rows, like.shape[-1])
         grown = xp.zeros(spare, dtype=like.dtype, **self._group.backend.placement)
         kept = [] if self.allocated is None else [self.rows]
         self.allocated = xp.concat([*kept, grown], axis=-2)
+        return self.allocated
 
     @property
     def rows(self) -> Array:
@@ -342,11 +343,11 @@ class LayerCache:
             ``[B, n_heads, 1, value_dim]``.
         """
         group, landmarks, segment = self.group, self.landmarks, self.segment()
-        is_static, selects = n_new is not None, landmarks is not None
+        selects = landmarks is not None
         keys, values = (
-            self._rows_to_attend(name, selects, is_static) for name in ("keys", "values")
+            self._rows_to_attend(name, selects, n_new is not None) for name in ("keys", "values")
         )
-        if is_static:
+        if n_new is not None:
             n_counted = self.n_recent + self.keys.n_rows - self.n_outlier_rows * (not selects)
             segment = segment._replace(n_dense=n_new + n_counted)
         if landmarks is None:

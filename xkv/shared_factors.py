@@ -218,7 +218,13 @@ def factor_rows(
     n_rows = layers[0].shape[1]
     moving = total - n_rows * sum(_energy(backend, mean) for mean in means)
     latent, bases, spectrum = factorize(
-        backend, layers, rank, power_iterations=power_iterations, seed=seed
+        backend,
+        layers,
+        rank,
+        power_iterations=power_iterations,
+        seed=seed,
+        # weights may take numbers out of 16 bits' range
+        product_dtype=backend.product_dtype(dtype) if weights is None else None,
     )
     lost = max(total - _energy(backend, spectrum), 0.0)
     if weights is not None:

@@ -102,6 +102,17 @@ class TorchBackend(Backend):
         count = min(count, scores.shape[-1])
         return torch.topk(scores, count, dim=-1, sorted=False).indices
 
+    def product_dtype(self, dtype: Any) -> Any:
+        is_short = dtype in (torch.float16, torch.bfloat16)
+        return dtype if self.device.type == "cuda" and is_short else None
+
+    def wide_product(self, left: Array, right: Array) -> Array:
+        if self.device.type == "cpu":
+            return super().wide_product(left, right)
+        batches = [x.reshape(-1, *x.shape[-2:]) for x in (left, right)]
+        product = torch.bmm(batches[0], batches[1], torch.float32)
+        return product.reshape(*left.shape[:-1], right.shape[-1])
+
     def quantize(self, x: Array, group_size: int, bits: int) -> tuple[Array, Array, Array]:
         groups = x.reshape(*x.shape[:-1], -1, group_size).to(self.accumulate_dtype(x))
         largest, smallest = groups.amax(-1, keepdim=True), groups.amin(-1, keepdim=True)

@@ -45,7 +45,7 @@ class Decoder:
         for index, layer in enumerate(cache.layers):
             if not isinstance(layer, XKVLayer) or layer.returns_rows:
                 raise InputError(
-                    f"steps of constant shapes need every layer's rows in the compressed cache, and "
+                    "steps of constant shapes need every layer's rows in the compressed cache; "
                     f"those of layer {index} are not, or are rebuilt for the model in every step"
                 )
         if cache.padding.is_token is not None:
@@ -134,6 +134,7 @@ class _StaticLayer(CacheLayerMixin, AttendingLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
         for buffer, rows in ((self.part.keys, key_states), (self.part.values, value_states)):
+            assert buffer.allocated is not None
             buffer.allocated.index_copy_(-2, self.n_new + (buffer.n_rows - 1), rows)
         return self, self
 
