@@ -204,11 +204,16 @@ class Bench:
         self.model.set_attn_implementation(attention)
         self.backend.reset_peak_memory()
         token = torch.full((batch, 1), 7, device=device)
+
+        def ordinary(token: torch.Tensor) -> torch.Tensor:
+            return self.model(token, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+
+        replays = self.args.replay and attention == "xkv"
+        decode = xkv.torch_decoder(self.model, cache) if replays else ordinary
         times = []
         for step in range(WARM_UP + n_steps):
             began = time.perf_counter()
-            logits = self.model(token, cache=cache, use_cache=True, logits_to_keep=1).logits
-            token = logits[:, -1].argmax(-1, keepdim=True)
+            token = decode(token).argmax(-1, keepdim=True)
             self.backend.evaluate()
             if step >= WARM_UP:
                 times.append(time.perf_counter() - began)
@@ -263,6 +268,12 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", type=int, nargs="+", help="32k, 64k and 128k, or 1k and 2k")
     parser.add_argument("--steps", type=int, default=144, help="timed steps of each batch")
     parser.add_argument("--runs", type=int, default=3, help="timed runs of each factorization")
+    parser.add_argument(
+        "--replay",
+        action="store_true",
+        help="low-rank forms decode in steps of constant shapes, on CUDA replays of one graph; "
+        "full attention does not",
+    )
     parser.add_argument(
         "--max-batch",
         type=int,

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -21,8 +23,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_tiny_run_prints_and_writes_every_row(tmp_path):
-    arguments = ["--lengths", "600", "--steps", "4", "--runs", "2"]
+@pytest.mark.parametrize("replay", [[], ["--replay"]])
+def test_tiny_run_prints_and_writes_every_row(tmp_path, replay):
+    arguments = ["--lengths", "600", "--steps", "4", "--runs", "2", *replay]
     done = run("--tiny", *arguments, "--out", str(tmp_path / "gpu"))
     assert done.returncode == 0, done.stderr
     about = json.loads((tmp_path / "gpu.json").read_text())
