@@ -146,6 +146,16 @@ def test_error_falls_with_the_bytes(backend):
     assert all(after < before for before, after in itertools.pairwise(errors))
 
 
+def test_latent_has_one_part_for_each_number_of_bits(backend):
+    """Whatever the bits of the bases: a Metal kernel takes few arrays."""
+    group = make_cache(backend, compression=4).groups[0]
+    for factors in (group.keys, group.values):
+        bits = factors.latent.bits
+        assert list(bits) == sorted(set(bits), reverse=True)
+        assert sum(width for width, *_ in factors.parts()) == factors.rank
+    assert any(len(x.parts()) > len(x.latent.parts) for x in (group.keys, group.values))
+
+
 def test_both_backends_pack_the_same_factors():
     caches = [make_cache(load_backend(name), compression=6) for name in ("mlx", "torch")]
     parts = [[cache.groups[0].keys.parts(), cache.groups[0].values.parts()] for cache in caches]

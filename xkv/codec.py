@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -194,9 +195,12 @@ class Packed:
         )
         return Packed(parts, self.axis)
 
-    def first(self, n_parts: int) -> Packed:
-        """The first parts only."""
-        return self if n_parts == len(self.parts) else Packed(self.parts[:n_parts], self.axis)
+    def leading(self, rank: int) -> Packed:
+        """The first parts only, which together have this rank."""
+        if rank == self.rank:
+            return self
+        ends = list(itertools.accumulate(self.widths))
+        return Packed(self.parts[: ends.index(rank) + 1], self.axis)
 
     def rows(self, start: int, end: int) -> Packed:
         """Tokens ``start`` to ``end`` of a latent."""

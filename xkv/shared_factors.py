@@ -72,7 +72,7 @@ class SharedFactors(NamedTuple):
     @property
     def has_grown(self) -> bool:
         """Whether the basis has rows that ``latent`` does not use."""
-        return len(self.bases[0].parts) > len(self.latent.parts)
+        return self.rank > self.latent.rank
 
     @property
     def arrays(self) -> list[Array]:
@@ -110,12 +110,16 @@ class SharedFactors(NamedTuple):
 
     def basis(self, layer: int) -> Packed:
         """The basis of the group's layer number ``layer`` for the rows of ``latent``."""
-        return self.bases[layer].first(len(self.latent.parts))
+        return self.bases[layer].leading(self.latent.rank)
 
     def parts(self) -> list[tuple[int, int, int]]:
         """``(columns, bits of the latent, bits of the bases)`` of each run of columns."""
-        latent, basis = self.latent, self.bases[0]
-        return list(zip(latent.widths, latent.bits, basis.bits, strict=False))
+        columns = (
+            itertools.chain.from_iterable(map(itertools.repeat, x.bits, x.widths))
+            for x in (self.latent, self.basis(0))
+        )
+        runs = itertools.groupby(zip(*columns, strict=True))
+        return [(len(list(run)), *bits) for bits, run in runs]
 
 
 class Draft(NamedTuple):
@@ -157,25 +161,25 @@ class Draft(NamedTuple):
         The bases are fitted to the latent as it is stored, so that they make up for some of its
         rounding.
         """
-        runs: list[tuple[slice, int, int]] = []
-        end = 0
-        for (latent_bits, basis_bits), run in itertools.groupby(chosen, lambda x: x[2:]):
-            start, end = end, end + BAND * len(list(run))
-            if latent_bits:
-                runs.append((slice(start, end), latent_bits, basis_bits))
-        columns = [self.latent[..., run] for run, _, _ in runs]
-        parts = [
-            pack_part(backend, backend.own(x), bits)
-            for x, (_, bits, _) in zip(columns, runs, strict=True)
-        ]
+        kept = [band for band, option in enumerate(chosen) if option.latent_bits]
+        # bands with the same bits side by side, whatever their bases': few arrays for a kernel
+        kept.sort(key=lambda band: chosen[band][2:], reverse=True)
+        columns, parts = [], []
+        for bits, run in itertools.groupby(kept, lambda band: chosen[band].latent_bits):
+            columns.append(_take_bands(backend, self.latent, list(run), 2))
+            parts.append(pack_part(backend, columns[-1], bits))
         latent = Packed(tuple(parts), 2)
         backend.evaluate(*latent.arrays)
+        basis_bits = [chosen[band].basis_bits for band in kept]
+        runs = [(len(list(run)), bits) for bits, run in itertools.groupby(basis_bits)]
+        widths, bits_of_rows = [BAND * n for n, _ in runs], [bits for _, bits in runs]
         turn = _turn_to_stored(backend, latent, columns)
         bases = []
         for basis in self.bases:
-            rows = backend.xp.concat([basis[:, run] for run, _, _ in runs], axis=1)
-            rows = backend.xp.astype(_turn_basis(backend, rows, turn), basis.dtype)
-            bases.append(pack_basis(backend, rows, latent.widths, [bits for _, _, bits in runs]))
+            rows = _turn_basis(backend, _take_bands(backend, basis, kept, 1), turn)
+            bases.append(
+                pack_basis(backend, backend.xp.astype(rows, basis.dtype), widths, bits_of_rows)
+            )
             backend.evaluate(*bases[-1].arrays)
         lost = self.lost + self._unit * sum(option.error for option in chosen)
         error = min(lost / self.total, 1.0) ** 0.5 if self.total else 0.0
@@ -312,8 +316,9 @@ def fold_rows(
                 )
                 for basis, rows in zip(bases, more, strict=True)
             )
-    widths = bases[0].widths
-    row_bits = factors.latent.bits + (bits,) * (len(widths) - len(factors.latent.bits))
+    added_widths = bases[0].widths[len(factors.basis(0).parts) :]
+    widths = factors.latent.widths + added_widths
+    row_bits = factors.latent.bits + (bits,) * len(added_widths)
     rows = pack_latent(backend, xp.astype(projected, dtype), widths, row_bits)
     if factors.recent is not None and n_recent:
         before = factors.recent.rows(0, n_recent)
@@ -395,6 +400,15 @@ def _turn(
     latent = merged.latent.rows(0, n_rows).own(backend)
     backend.evaluate(*latent.arrays, *recent.arrays)
     return merged._replace(latent=latent, recent=recent if recent.shape[1] else None)
+
+
+def _take_bands(backend: Backend, x: Array, bands: Sequence[int], axis: int) -> Array:
+    """A copy of some of a latent's columns (axis 2) or of a basis' rows (axis 1), in order."""
+    slices = []
+    for band in bands:
+        at = slice(BAND * band, BAND * (band + 1))
+        slices.append(x[..., at] if axis == 2 else x[:, at])
+    return backend.own(slices[0]) if len(slices) == 1 else backend.xp.concat(slices, axis=axis)
 
 
 def _turn_to_stored(backend: Backend, stored: Packed, columns: Sequence[Array]) -> Array:
