@@ -13,7 +13,7 @@ from xkv.bit_plan import Option, choose, smallest_bytes
 from xkv.codec import BAND, Packed, pack_basis, pack_latent, rotate_bands, unpacked
 from xkv.lowrank_cache import LowRankCache
 from xkv.selection import take_rows
-from xkv.shared_factors import factor_rows, pack_together
+from xkv.shared_factors import Draft, factor_rows, pack_together
 from xkv.tolerances import relative_error
 
 WIDTHS, BITS = (64, 64, 128, 64), (8, 6, 3, 2)
@@ -148,12 +148,17 @@ def test_error_falls_with_the_bytes(backend):
 
 def test_latent_has_one_part_for_each_number_of_bits(backend):
     """Whatever the bits of the bases: a Metal kernel takes few arrays."""
-    group = make_cache(backend, compression=4).groups[0]
-    for factors in (group.keys, group.values):
-        bits = factors.latent.bits
-        assert list(bits) == sorted(set(bits), reverse=True)
-        assert sum(width for width, *_ in factors.parts()) == factors.rank
-    assert any(len(x.parts()) > len(x.latent.parts) for x in (group.keys, group.values))
+    latent, basis = backend.normal((1, 300, 5 * BAND), 0), backend.normal((1, 5 * BAND, 2, 64), 1)
+    draft = Draft(latent, (basis,), 1.0, 0.0, 1.0)
+    # the second band is left out, the last is worth more than the one before
+    bits = [(6, 8), (0, 0), (6, 4), (3, 4), (6, 4)]
+    factors = draft.pack(backend, [Option(0, 0.0, *each) for each in bits])
+    assert factors.latent.bits == (6, 3) and factors.latent.widths == (3 * BAND, BAND)
+    assert factors.parts() == [(BAND, 6, 8), (2 * BAND, 6, 4), (BAND, 3, 4)]
+    kept = np.r_[0:BAND, 2 * BAND : 5 * BAND]
+    want = backend.to_numpy(latent)[..., kept] @ backend.to_numpy(basis)[:, kept, 1]
+    got = factors.latent.unpack(backend) @ factors.bases[0].unpack(backend)[:, :, 1]
+    assert relative_error(backend.to_numpy(got), want.astype(np.float64)) < 0.12
 
 
 def test_both_backends_pack_the_same_factors():
