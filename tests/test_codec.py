@@ -10,7 +10,7 @@ import pytest
 from xkv import InputError, RopeSpec, XKVConfig, load_backend
 from xkv.attention import Segment, reconstruct
 from xkv.bit_plan import Option, choose, smallest_bytes
-from xkv.codec import BAND, Packed, pack_basis, pack_latent, rotate_bands, unpacked
+from xkv.codec import BAND, Packed, pack_basis, pack_latent, pack_part, rotate_bands, unpacked
 from xkv.lowrank_cache import LowRankCache
 from xkv.selection import take_rows
 from xkv.shared_factors import Draft, factor_rows, pack_together
@@ -144,6 +144,56 @@ def test_bits_beat_the_same_bytes_in_sixteen(backend):
 def test_error_falls_with_the_bytes(backend):
     errors = [value_error(make_cache(backend, compression=ratio)) for ratio in (12, 8, 4, 2)]
     assert all(after < before for before, after in itertools.pairwise(errors))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_both_backends_store_the_same_words(bits, dtype):
+    numbers = np.random.default_rng(0).standard_normal((1, 40, 2 * BAND)).astype(np.float32)
+    numbers[0, 0], numbers[0, 1], numbers[0, 2] = 3.0, np.abs(numbers[0, 1]), 0.0
+    stored = []
+    for name in ("mlx", "torch"):
+        backend = load_backend(name)
+        x = backend.xp.astype(backend.from_numpy(numbers), getattr(backend.xp, dtype))
+        words, *scales = pack_part(backend, x, bits).arrays
+        stored.append([backend.to_numpy(words).view(np.uint32), *map(backend.to_numpy, scales)])
+    for first, second in zip(*stored, strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize(("bits", "gain"), [(2, 0.75), (3, 0.87), (4, 0.94)])
+def test_few_bits_lose_less_than_over_the_whole_range(backend, bits, gain):
+    x = backend.normal((1, 2000, BAND), 0)
+
+    def error(arrays):
+        back = backend.dequantize(arrays, BAND, bits)
+        return float(backend.xp.sum((back - x) ** 2))
+
+    ours = error(pack_part(backend, x, bits).arrays)
+    assert ours < gain * error(backend.quantize(x, BAND, bits))
+
+
+@pytest.mark.parametrize("fill", [0.0, 3.0, -3.0])
+def test_constant_groups_stay_exact_in_few_bits(backend, fill):
+    x = backend.from_numpy(np.full((1, 4, BAND), fill, np.float32))
+    np.testing.assert_array_equal(backend.to_numpy(pack_part(backend, x, 2).unpack(backend)), fill)
+
+
+def test_bases_make_up_for_some_of_the_rounding(backend):
+    """Columns that are alike are rounded together, and what that takes off can be put back."""
+    columns = np.exp(-np.arange(BAND) / 12).astype(np.float32)
+    latent = backend.normal((1, 500, BAND), 0) * backend.from_numpy(columns)
+    basis = backend.from_numpy(np.eye(BAND, dtype=np.float32).reshape(1, BAND, 1, BAND))
+    latent, bases = rotate_bands(backend, latent, (basis,), latent.dtype)
+    option = Option(0, 0.0, 2, 16)
+    fitted = Draft(latent, bases, 1.0, 0.0, 1.0).pack(backend, [option])
+
+    def error(basis):
+        product = reconstruct(backend, fitted.latent, basis)
+        want = reconstruct(backend, latent, bases[0])
+        return relative_error(backend.to_numpy(product), backend.to_numpy(want))
+
+    assert error(fitted.bases[0]) < 0.9 * error(bases[0])
 
 
 def test_latent_has_one_part_for_each_number_of_bits(backend):
