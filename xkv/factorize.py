@@ -169,10 +169,15 @@ class _Rows:
         return product
 
     def make_gram(self) -> None:
-        """Multiply every layer with every other."""
+        """Multiply every layer with itself and with those after it; the rest mirrors that."""
         xp = self.backend.xp
-        columns = [self.transposed_times(part) for part in self.parts]
-        self.gram = xp.concat(columns, axis=-1)
+        blocks: list[list[Array]] = []
+        for i, left in enumerate(self.parts):
+            mirrored = [xp.matrix_transpose(row[i]) for row in blocks]
+            turned = xp.matrix_transpose(left)
+            blocks.append([*mirrored, *(self._product(turned, x) for x in self.parts[i:])])
+            self.backend.evaluate(*blocks[-1])
+        self.gram = xp.concat([xp.concat(row, axis=-1) for row in blocks], axis=-2)
         self.backend.evaluate(self.gram)
 
     def gram_in(self, right: Array) -> Array:
