@@ -248,6 +248,13 @@ def test_interrupted_run_goes_on_without_repeating(mlx_model, tmp_path, monkeypa
     assert prefills == seeds
 
 
+def test_more_questions_complete_the_last_document(mlx_model, tmp_path):
+    for n_questions in (2, 5):
+        run(mlx_model, tmp_path, ("needle",), ["rotating"], n_questions=n_questions)
+        with Store(str(tmp_path), {"model": "tiny"}) as store:
+            assert {len(cell.scores) for cell in collect(store.results())} == {n_questions}
+
+
 def test_killed_process_resumes(tmp_path):
     command = [sys.executable, "-m", "xkv.evaluate", "--tasks", "needle", "--lengths", "300"]
     command += ["--methods", "rotating", "--ratios", "2", "--samples", "30", "--out", str(tmp_path)]
@@ -291,8 +298,8 @@ def test_full_disk_is_one_sentence_and_keeps_what_was_done(tmp_path):
             store.add(Key("needle", 1, 2, "full", None), {"answers": []})
         store._file = open(os.devnull, "w")  # noqa: SIM115
     with Store(str(tmp_path), {}) as store:
-        assert store.find(Key("needle", 1, 1, "full", None)) is not None
-        assert store.find(Key("needle", 1, 2, "full", None)) is None
+        assert store.is_done(Key("needle", 1, 1, "full", None), 0)
+        assert not store.is_done(Key("needle", 1, 2, "full", None), 0)
 
 
 @pytest.mark.parametrize(

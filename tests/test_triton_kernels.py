@@ -363,7 +363,7 @@ FAULTS = [
         "n_chunks * CHUNK_SIZE - 1\n",
     ),
     ("selected_attention", "common", 'input_precision="ieee") * scale', 'input_precision="ieee")'),
-    ("selected_attention", "common", "rows < n_dense", "rows < n_dense - 1"),
+    ("selected_attention", "common", "else n_dense)", "else n_dense - 1)"),
     ("selected_attention", "common", "(head // SHARING) * basis_head", "0 * basis_head"),
     ("lowrank_attention", "lowrank_attention", "position + rows", "position + rows + 1"),
     ("lowrank_attention", "lowrank_attention", "head * basis_head", "0 * basis_head"),

@@ -85,7 +85,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         nargs="+",
         type=float,
     )
-    add("--samples", "questions of each task at each length", 200, type=int)
+    add("--samples", "questions of each task at each length", 32, type=int)
     add("--seed", "seed of the first document", FIRST_SEED, type=int)
     add_grouping_flag(parser)
     add("--text", "text file for the tasks qa and ppl instead of the built-in texts")
@@ -154,7 +154,7 @@ def evaluate(args: argparse.Namespace) -> None:
                     f"\ninterrupted; what is done is in {args.out}, and the same command goes on",
                     file=sys.stderr,
                 )
-        cells = collect(store.lines())
+        cells = collect(store.results())
     if not cells:
         return
     text = markdown(cells)

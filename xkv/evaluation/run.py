@@ -120,10 +120,10 @@ class Evaluation:
             setting: Key(sample.task, length, sample.seed, setting.label, setting.ratio)
             for setting in self.settings
         }
-        todo = [setting for setting, key in keys.items() if store.find(key) is None]
-        n_done = len(self.settings) - len(todo)
         is_text = isinstance(sample, Continuation)
         n_questions = CONTINUATION_QUESTIONS if is_text else len(sample.questions)
+        todo = [setting for setting, key in keys.items() if not store.is_done(key, n_questions)]
+        n_done = len(self.settings) - len(todo)
         progress(n_done * n_questions, f"{sample.task} {length}")
         if not todo:
             return

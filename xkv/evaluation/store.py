@@ -84,9 +84,14 @@ class Store:
                     f"{path}, line {number} is not JSON: mend it or remove it"
                 ) from None
 
-    def find(self, key: Key) -> dict[str, Any] | None:
-        """The result of a sample that was done before."""
-        return self._done.get(key)
+    def results(self) -> list[dict[str, Any]]:
+        """The last result of each sample."""
+        return list(self._done.values())
+
+    def is_done(self, key: Key, n_answers: int) -> bool:
+        """Whether a sample was done before, and of as many questions."""
+        result = self._done.get(key)
+        return result is not None and len(result.get("answers", range(n_answers))) >= n_answers
 
     def add(self, key: Key, result: dict[str, Any]) -> None:
         """Write a result to disk.
