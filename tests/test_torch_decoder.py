@@ -93,6 +93,19 @@ def test_recorded_steps_give_the_tokens_of_ordinary_ones(options, batch):
         assert (greedy(step, prompt, 9) == want).all()
 
 
+def test_as_many_tokens_in_other_buffers_are_noticed():
+    model, prompt = make_model("llama"), make_prompt(300)
+    cache, others = (prefilled(model, prompt, **OPTIONS["dense"]) for _ in range(2))
+    decoder = Decoder(model, cache, record)
+    for step, each in ((decoder, cache), (ordinary_step(model, others), others)):
+        greedy(step, prompt, 5)
+        each.crop(-4)
+        greedy(ordinary_step(model, each), prompt, 40)  # the tail is folded meanwhile
+        each.crop(-36)
+    want = greedy(ordinary_step(model, others), prompt, 9)
+    assert (greedy(decoder, prompt, 9) == want).all()
+
+
 def test_dense_prompts_run_ordinary_steps():
     model, prompt = make_model("llama"), make_prompt(20)
     cache, others = (prefilled(model, prompt, compression=3) for _ in range(2))

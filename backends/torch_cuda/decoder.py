@@ -25,7 +25,8 @@ class Decoder:
     Between two folds of the tail nothing of a compressed cache changes but the rows behind it. They
     are written into buffers with room for all of them, at a position that the device counts, so
     that a step can be recorded once and replayed. The step in which the tail may be folded runs
-    as it would without a decoder; so does every step while the prompt is not compressed.
+    as it would without a decoder; so does every step while the prompt is not compressed. A graph
+    keeps the memory of its step: where plain operations run, a layer's rebuilt keys too.
 
     Args:
         model: The cache's model.
@@ -58,14 +59,15 @@ class Decoder:
         """Rows that the device has written behind those that the recorded step counts on."""
         self._view = Cache(layers=[_StaticLayer(part, self._n_new) for part in self._parts])
         self._steps_left = 0
-        self._seen: tuple[int, torch.Tensor | None] = (0, None)
+        self._n_seen = 0
+        self._buffer: torch.Tensor | None = None
         self._is_warm = False
         self._replay: Run | None = None
 
     @torch.inference_mode()
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits ``[B, vocabulary]`` after tokens ``[B, 1]``; the next step may overwrite them."""
-        if not self._steps_left or self._seen != self._state():
+        if not self._steps_left or self._was_used_otherwise():
             logits = self._call(tokens, self.cache)
             self._begin(tokens)
             return logits
@@ -84,12 +86,13 @@ class Decoder:
             layer.n_rows += 1
             part.count_step(None if layer.rope is None else layer.rope.at(part.offset + 1))
         self._steps_left -= 1
-        self._seen = self._state()
+        self._n_seen += 1
         return logits
 
-    def _state(self) -> tuple[int, torch.Tensor | None]:
-        """What changes if the cache is used without this decoder."""
-        return self.cache.get_seq_length(), self._parts[0].keys.allocated
+    def _was_used_otherwise(self) -> bool:
+        """Whether the cache has other rows, or other buffers, than this decoder left."""
+        first = self._parts[0]
+        return first.offset != self._n_seen or first.keys.allocated is not self._buffer
 
     def _begin(self, tokens: torch.Tensor) -> None:
         """Make room for the steps up to the next fold."""
@@ -107,7 +110,7 @@ class Decoder:
         self._tokens = torch.empty_like(tokens)
         self._positions = torch.full_like(tokens, first.offset - 1)
         self._n_new.zero_()
-        self._seen = self._state()
+        self._n_seen, self._buffer = first.offset, first.keys.allocated
 
     def _step(self) -> torch.Tensor:
         return self._call(self._tokens, self._view, position_ids=self._positions)
