@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import pytest
 import torch
@@ -24,6 +25,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=["metal", "cuda"],
         help="fail, instead of skipping, the tests that need this device",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if getattr(config.option, "numprocesses", None):
+        # workers share the cores, and start after this; BLAS reads it when a worker starts
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def need_device(request: pytest.FixtureRequest, name: str, is_there: bool) -> None:
