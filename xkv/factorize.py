@@ -84,16 +84,25 @@ def factorize(
     product_dtype = product_dtype or backend.product_dtype(layers[0].dtype)
     rows = _Rows(backend, flat, backend.accumulate_dtype(layers[0]), product_dtype)
     n_columns = iteration_columns(rank, width)
-    right = _leading_directions(rows, width, n_columns, power_iterations, seed)
+    if uses_gram(n_columns, width):
+        rows.make_gram()
+    right = projected = None
+    if n_columns < width:
+        right = _leading_directions(rows, width, n_columns, power_iterations, seed)
     # the eigenvectors of the small Gram matrix turn the columns onto the singular directions
-    projected = rows.times(right) if rows.gram is None else None
-    small = rows.gram_in(right) if projected is None else xp.matrix_transpose(projected) @ projected
+    if right is None:
+        small = rows.gram
+    elif rows.gram is not None:
+        small = xp.matrix_transpose(right) @ (rows.gram @ right)
+    else:
+        projected = rows.times(right)
+        small = xp.matrix_transpose(projected) @ projected
     _check_finite(backend, small)
     eigenvalues, turn = backend.eigh(small)
     order = xp.arange(n_columns - 1, n_columns - 1 - rank, -1, **backend.placement)
     turn = xp.take(turn, order, axis=-1)
     spectrum = xp.sqrt(xp.clip(xp.take(eigenvalues, order, axis=-1), 0, None))
-    right = right @ turn
+    right = turn if right is None else right @ turn
     latent = rows.times(right) if projected is None else projected @ turn
     latent = xp.astype(latent, layers[0].dtype)
     backend.evaluate(latent, right)
@@ -180,10 +189,6 @@ class _Rows:
         self.gram = xp.concat([xp.concat(row, axis=-1) for row in blocks], axis=-2)
         self.backend.evaluate(self.gram)
 
-    def gram_in(self, right: Array) -> Array:
-        """The Gram matrix in the coordinates of orthonormal columns."""
-        return self.backend.xp.matrix_transpose(right) @ (self.gram @ right)
-
 
 def _leading_directions(
     rows: _Rows, width: int, n_columns: int, power_iterations: int, seed: int
@@ -191,11 +196,6 @@ def _leading_directions(
     """Orthonormal columns ``[..., width, n_columns]`` near the leading right singular vectors."""
     backend, xp = rows.backend, rows.backend.xp
     batch, dtype = rows.parts[0].shape[:-2], rows.dtype
-    if uses_gram(n_columns, width):
-        rows.make_gram()
-    if n_columns == width:
-        eye = xp.eye(width, dtype=dtype, **backend.placement)
-        return xp.broadcast_to(eye, (*batch, width, width))
     start = xp.astype(backend.normal((width, n_columns), seed), dtype)
     right = xp.broadcast_to(start, (*batch, width, n_columns))
     for _ in range(power_iterations + 1):

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
 WORD = 32
 
-
-@functools.cache
-def _places(bits: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For 32 codes: the word of each code's lowest bit, the next word, and the bit in the word."""
-    first_bits = torch.arange(WORD, device=device) * bits
-    words = first_bits // WORD
-    return words, (words + 1).clamp(max=bits - 1), first_bits % WORD
+RUN = 8
+"""So many codes of b bits take b bytes, which fit into a 64-bit word."""
 
 
 def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -27,15 +20,10 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     Returns:
         int32 ``[..., N * bits / 32]``: the bits of MLX's uint32, which few PyTorch operations take.
     """
-    word, next_word, shift = _places(bits, codes.device)
-    shape = codes.shape
-    shifted = codes.reshape(*shape[:-1], -1, WORD) << shift
-    words = shifted.new_zeros(*shifted.shape[:-1], bits)
+    runs = codes.reshape(*codes.shape[:-1], -1, RUN) << _shifts(bits, codes.device)
     # no two codes share a bit, so that adding is joining
-    words.index_add_(-1, word, shifted & 0xFFFFFFFF)
-    words.index_add_(-1, next_word, shifted >> WORD)
-    words = torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-    return words.reshape(*shape[:-1], -1)
+    in_bytes = runs.sum(-1, keepdim=True).view(torch.uint8)
+    return in_bytes[..., :bits].flatten(-2).view(torch.int32)
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
@@ -43,7 +31,12 @@ def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
     if WORD % bits == 0:
         shifts = torch.arange(0, WORD, bits, device=words.device, dtype=torch.int32)
         return ((words[..., None] >> shifts) & (2**bits - 1)).flatten(-2)
-    word, next_word, shift = _places(bits, words.device)
-    grouped = (words.to(torch.int64) & 0xFFFFFFFF).reshape(*words.shape[:-1], -1, bits)
-    codes = (grouped[..., word] >> shift) | (grouped[..., next_word] << (WORD - shift))
-    return (codes & (2**bits - 1)).to(torch.int32).flatten(-2)
+    in_bytes = words.contiguous().view(torch.uint8)
+    in_bytes = in_bytes.reshape(*words.shape[:-1], -1, bits)
+    runs = torch.nn.functional.pad(in_bytes, (0, RUN - bits)).view(torch.int64)
+    codes = (runs >> _shifts(bits, words.device)) & (2**bits - 1)
+    return codes.to(torch.int32).flatten(-2)
+
+
+def _shifts(bits: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(0, RUN * bits, bits, device=device)
