@@ -9,18 +9,13 @@ from typing import TYPE_CHECKING
 
 from xkv.attention import rope_rows
 from xkv.config import XKVConfig
+from xkv.draft import Draft, factor_rows, pack_together
 from xkv.errors import InputError
+from xkv.growth import fold_rows, merge_rows
 from xkv.layer_cache import LayerCache
 from xkv.ranks import BitPlan, CacheShape, Plan, check_ranks, plan_ranks
 from xkv.selection import chunk_rows, make_landmarks
-from xkv.shared_factors import (
-    Draft,
-    SharedFactors,
-    factor_rows,
-    fold_rows,
-    merge_rows,
-    pack_together,
-)
+from xkv.shared_factors import SharedFactors
 from xkv.weighting import column_weights
 
 if TYPE_CHECKING:
