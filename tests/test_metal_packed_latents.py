@@ -11,7 +11,7 @@ import pytest
 
 import xkv
 from tests import metal_emulator as emulator
-from tests.test_triton_kernels import decode_with_cache
+from tests.cache_decoding import decode_with_cache
 from xkv.backend import Backend
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.kernels import latents, reconstruct_rows, selected_attention

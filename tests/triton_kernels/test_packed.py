@@ -11,14 +11,12 @@ import pytest
 import torch
 
 import xkv
-from tests.test_triton_kernels import (
-    HAS_TRITON,
+from tests.cache_decoding import decode_with_cache
+from tests.triton_kernels.checks import (
     OPERATIONS,
     arguments,
-    backend,  # noqa: F401  (a fixture)
-    decode_with_cache,
     load_copy,
-    outputs_start_as_nan,  # noqa: F401  (a fixture)
+    needs_triton,
 )
 from xkv.backend import Backend
 from xkv.decode_cases import (
@@ -33,12 +31,12 @@ from xkv.tolerances import TOLERANCE, relative_error
 
 CACHE_OPTIONS = {"sinks": 2, "window": 20, "budget": 64, "outlier_chunks": 1}
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: pip install triton (Linux)")
+pytestmark = needs_triton
 
 
 def kernel_error(
     run: Any,
-    backend: Backend,  # noqa: F811
+    backend: Backend,
     reference: Backend,
     operation: str,
     layout: str,
@@ -74,7 +72,7 @@ def kernel_error(
 )
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_packed_latents_are_read_right(
-    backend: Backend,  # noqa: F811
+    backend: Backend,
     reference: Backend,
     operation: str,
     layout: str,
@@ -106,7 +104,7 @@ FAULTS = [
     ("operation", "file", "old", "new"), FAULTS, ids=[f"{x[0]}-{x[3].strip()}" for x in FAULTS]
 )
 def test_planted_fault_exceeds_tolerance(
-    backend: Backend,  # noqa: F811
+    backend: Backend,
     reference: Backend,
     operation: str,
     file: str,
@@ -127,7 +125,7 @@ def test_planted_fault_exceeds_tolerance(
     assert error > 10 * TOLERANCE["float32"]
 
 
-def test_first_use_check_runs_on_a_packed_sample(backend: Backend) -> None:  # noqa: F811
+def test_first_use_check_runs_on_a_packed_sample(backend: Backend) -> None:
     checked = xkv.load_backend("torch", device=str(backend.device), kernels="on")
     layout = LAYOUTS["one-part"]
     inputs = make_packed_inputs(checked, PACKED_CASES["gqa1"], layout, "bfloat16")
@@ -144,7 +142,7 @@ def test_first_use_check_runs_on_a_packed_sample(backend: Backend) -> None:  # n
     ],
 )
 def test_cache_in_bits_decodes_on_kernels(
-    backend: Backend,  # noqa: F811
+    backend: Backend,
     attention: str,
     operations: set[str],
 ) -> None:
@@ -156,7 +154,7 @@ def test_cache_in_bits_decodes_on_kernels(
     assert relative_error(got, decode_with_cache(plain, config)) <= TOLERANCE["float32"]
 
 
-def test_strided_packed_rows_are_refused(backend: Backend) -> None:  # noqa: F811
+def test_strided_packed_rows_are_refused(backend: Backend) -> None:
     inputs = make_packed_inputs(backend, PACKED_CASES["gqa1"], LAYOUTS["one-part"], "float32")
     latent = inputs.segment.latent_k.map(lambda x: x[:, ::2])
     strided = dataclasses.replace(inputs, segment=inputs.segment._replace(latent_k=latent))
