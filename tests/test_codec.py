@@ -147,7 +147,7 @@ def test_error_falls_with_the_bytes(backend):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_both_backends_store_the_same_words(bits, dtype):
     numbers = np.random.default_rng(0).standard_normal((1, 40, 2 * BAND)).astype(np.float32)
     numbers[0, 0], numbers[0, 1], numbers[0, 2] = 3.0, np.abs(numbers[0, 1]), 0.0

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from xkv.codec import BAND, BITS, basis_row_bytes, group_size_of, pack_part, row_bytes
+from xkv.codec import BAND, BASIS_GROUP, BITS, basis_row_bytes, group_size_of, pack_part, row_bytes
 
 if TYPE_CHECKING:
     from xkv.backend import Array, Backend
@@ -58,9 +58,10 @@ def band_options(
 
     can_pack_basis = all(group_size_of(basis.shape[-1]) for basis in bases)
     basis_bits = BITS if can_pack_basis else (16,)
-    latent_errors = _errors(backend, [sample], BITS, in_latent)
-    basis_errors = _errors(backend, bases, basis_bits, in_basis)
     whole = _by_band(backend, column_energy)
+    exact = [0.0] * len(whole)
+    latent_errors = [*_errors(backend, [sample], BITS[:-1], BAND, in_latent), exact]
+    basis_errors = [*_errors(backend, bases, basis_bits[:-1], BASIS_GROUP, in_basis), exact]
     item = latent.itemsize
     rows = [(basis.shape[2], basis.shape[3]) for basis in bases]
     latent_bytes = [batch * n_rows * row_bytes(BAND, bits, item) for bits in BITS]
@@ -88,19 +89,19 @@ def _errors(
     backend: Backend,
     matrices: Sequence[Array],
     all_bits: Sequence[int],
+    largest_group: int,
     summed: Callable[[Array], Array],
 ) -> list[list[float]]:
-    """Squared errors of each number of bits, summed by band."""
+    """Squared errors of each number of bits below 16, summed by band."""
     xp, found = backend.xp, []
     for bits in all_bits:
         total = 0.0
-        for matrix in matrices if bits != 16 else []:
+        for matrix in matrices:
             wide = backend.accumulate_dtype(matrix)
-            packed = pack_part(backend, matrix, bits).unpack(backend)
+            packed = pack_part(backend, matrix, bits, largest_group).unpack(backend)
             total = total + summed((xp.astype(packed, wide) - xp.astype(matrix, wide)) ** 2)
             backend.evaluate(total)
-        n_bands = matrices[0].shape[-1 if len(matrices[0].shape) == 3 else 1] // BAND
-        found.append([0.0] * n_bands if bits == 16 else _by_band(backend, total))
+        found.append(_by_band(backend, total))
     return found
 
 

@@ -74,12 +74,12 @@ class Part(NamedTuple):
         return self._replace(arrays=tuple(function(x) for x in self.arrays))
 
 
-def pack_part(backend: Backend, x: Array, bits: int) -> Part:
-    """Columns of a latent ``[B, L, D]``, or rows of a basis ``[B, n, n_kv_heads, D]``, in ``bits``
-    bits; 16 leaves them as they are."""
+def pack_part(backend: Backend, x: Array, bits: int, largest_group: int = BAND) -> Part:
+    """Columns of a latent ``[B, L, D]``, or with groups of up to ``BASIS_GROUP`` rows of a basis
+    ``[B, n, n_kv_heads, D]``, in ``bits`` bits; 16 leaves them as they are."""
     if bits == 16:
         return Part((x,), 16, 0)
-    group_size = group_size_of(x.shape[-1], BAND if len(x.shape) == 3 else BASIS_GROUP)
+    group_size = group_size_of(x.shape[-1], largest_group)
     if bits not in CLIPPED_SHARE:
         return Part(backend.quantize(x, group_size, bits), bits, group_size)
     low, high = _clipped_range(backend, x, group_size, CLIPPED_SHARE[bits])
@@ -257,7 +257,7 @@ def pack_basis(backend: Backend, x: Array, widths: Sequence[int], bits: Sequence
     """A basis ``[B, r, n_kv_heads, dim]`` in parts of some rows each."""
     ends = np.cumsum(widths).tolist()
     parts = [
-        pack_part(backend, backend.own(x[:, end - width : end]), n_bits)
+        pack_part(backend, backend.own(x[:, end - width : end]), n_bits, BASIS_GROUP)
         for end, width, n_bits in zip(ends, widths, bits, strict=True)
     ]
     return Packed(tuple(parts), 1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from xkv.bit_plan import choose
-from xkv.codec import Packed, pack_latent, pack_part, rotate_bands
+from xkv.codec import BASIS_GROUP, Packed, pack_latent, pack_part, rotate_bands
 from xkv.draft import Draft, turn_basis
 from xkv.factorize import factorize
 from xkv.linear_algebra import energy, inverse
@@ -68,11 +68,10 @@ def fold_rows(
         n_more = min(-(-n_more // step) * step, room // step * step)
         if n_more:
             projected = xp.concat([projected, latent[..., :n_more]], axis=-1)
+            new_rows = (xp.astype(basis[:, :n_more], dtype) for basis in more)
             bases = tuple(
-                Packed(
-                    (*basis.parts, pack_part(backend, xp.astype(rows[:, :n_more], dtype), bits)), 1
-                )
-                for basis, rows in zip(bases, more, strict=True)
+                Packed((*basis.parts, pack_part(backend, rows, bits, BASIS_GROUP)), 1)
+                for basis, rows in zip(bases, new_rows, strict=True)
             )
     added_widths = bases[0].widths[len(factors.basis(0).parts) :]
     widths = factors.latent.widths + added_widths
