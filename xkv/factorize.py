@@ -154,7 +154,10 @@ class _Rows:
         width, product = self.parts[0].shape[-1], None
         for i, part in enumerate(self.parts):
             added = self._product(part, right[..., i * width : (i + 1) * width, :])
-            product = added if product is None else product + added
+            if product is None:
+                product = added
+            else:
+                product += added
             # one at a time: they are as long as the prompt
             self.backend.evaluate(product)
         return product
