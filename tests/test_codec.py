@@ -10,9 +10,10 @@ import pytest
 from xkv import InputError, RopeSpec, XKVConfig, load_backend
 from xkv.attention import Segment, reconstruct
 from xkv.bit_plan import Option, choose, smallest_bytes
-from xkv.codec import BAND, Packed, pack_basis, pack_latent, pack_part, rotate_bands, unpacked
+from xkv.codec import BAND, Packed, pack_basis, pack_latent, pack_part, unpacked
 from xkv.draft import Draft, factor_rows, pack_together
 from xkv.lowrank_cache import LowRankCache
+from xkv.rotation import rotate_bands
 from xkv.selection import take_rows
 from xkv.tolerances import relative_error
 

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from xkv.bit_plan import Option, band_options, choose, smallest_bytes
-from xkv.codec import BAND, Packed, pack_basis, pack_part, rotate_bands
+from xkv.codec import BAND, Packed, pack_basis, pack_part
 from xkv.errors import InputError
 from xkv.factorize import factorize
 from xkv.linear_algebra import energy, inverse
+from xkv.rotation import rotate_bands
 from xkv.shared_factors import SharedFactors
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 
 from xkv.config import AUTO_BUDGETS, MAX_WINDOW, XKVConfig, buffer_rows
 from xkv.factorize import iteration_columns, uses_gram
-from xkv.lowrank_cache import WAIT_SHARE
+from xkv.group_cache import WAIT_SHARE
 from xkv.ranks import CacheShape, GroupShape, Plan, plan_ranks
 
 STEP_TOKENS = 2048

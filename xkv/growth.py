@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from xkv.bit_plan import choose
-from xkv.codec import BASIS_GROUP, Packed, pack_latent, pack_part, rotate_bands
+from xkv.codec import BASIS_GROUP, Packed, pack_latent, pack_part
 from xkv.draft import Draft, turn_basis
 from xkv.factorize import factorize
 from xkv.linear_algebra import energy, inverse
+from xkv.rotation import rotate_bands
 from xkv.shared_factors import GROWTH_STEP, SharedFactors
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from xkv.backends.mlx_metal.enable import Enabled, lowrank_cache
 from xkv.backends.mlx_metal.memory import cache_text, dense_bytes
 from xkv.config import buffer_rows
 from xkv.footprint import factoring_bytes
-from xkv.lowrank_cache import WAIT_SHARE
+from xkv.group_cache import WAIT_SHARE
 from xkv.ranks import plan_ranks
 
 
