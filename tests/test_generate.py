@@ -64,8 +64,9 @@ def test_compressed_cache_answers_the_same(engine, full_cache, config):
     if config is not EXACT:
         assert ("MB of what is held" in result.detail) == (config.attention == "selective")
         assert result.dense_bytes / result.held_bytes > 2.8
-        # MLX serves arrays this small from buffers up to two pages larger; test_mlx_cache has 2 %
-        slack = 0.02 if engine.backend.name == "torch" else 0.1
+        # MLX serves arrays this small from freed buffers up to two pages larger, if there are any;
+        # test_mlx_cache has 2 %
+        slack = 0.02 if engine.backend.name == "torch" else 0.2
         assert result.allocated_bytes == pytest.approx(result.held_bytes, rel=slack)
 
 
