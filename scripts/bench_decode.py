@@ -15,8 +15,9 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 
 from xkv import InputError, load_backend
-from xkv.codec import BAND, BITS
-from xkv.decode_step import BUNDLED, LLAMA_8B, DecodeStep, time_alternating
+from xkv.checks.decode_step import BUNDLED, LLAMA_8B, DecodeStep, time_alternating
+from xkv.config import BAND
+from xkv.store.codec import BITS
 
 SHAPES = {"bundled": BUNDLED, "llama-8b": LLAMA_8B}
 

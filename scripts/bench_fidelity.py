@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 
 import xkv
-from xkv.backend import Backend
-from xkv.evaluation import load_language_model
+from xkv.cache.lowrank_cache import LowRankCache
 from xkv.evaluation.methods import Document, parse_method
-from xkv.grouping import make_groups
-from xkv.lowrank_cache import LowRankCache
-from xkv.rope import RopeSpec
-from xkv.tasks import TASKS
+from xkv.evaluation.tasks import TASKS
+from xkv.ops.backend import Backend
+from xkv.ops.types import RopeSpec
+from xkv.planning.grouping import make_groups
+from xkv.planning.language_model import load_language_model
 from xkv.tiny import CHECKPOINT_DIR
 
 N_LAYERS, N_KV_HEADS, HEAD_DIM = 4, 8, 128

@@ -33,8 +33,8 @@ from transformers.cache_utils import Cache
 
 import xkv
 from xkv.backends.torch_cuda import TorchBackend
-from xkv.backends.torch_cuda.cache import torch_cache
-from xkv.decode_step import BUNDLED, LLAMA_8B, DecodeStep
+from xkv.backends.torch_cuda.model.cache import torch_cache
+from xkv.checks.decode_step import BUNDLED, LLAMA_8B, DecodeStep
 from xkv.errors import InputError
 
 SHAPE = {

@@ -20,7 +20,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.models.llama import Model, ModelArgs
 
 import xkv
-from xkv.backends.mlx_metal.cache import XKVCache
+from xkv.backends.mlx_metal.model.cache import XKVCache
 
 
 class Run(NamedTuple):
@@ -89,7 +89,7 @@ def prefill(model: Any, n_tokens: int, step_size: int) -> Run:
     peak = mx.get_peak_memory() - before
     del steps
     is_ours = isinstance(cache[0], XKVCache)
-    factor_seconds = cache[0].layer.group.cache.factorize_seconds if is_ours else 0.0
+    factor_seconds = cache[0].layer.cache.factorize_seconds if is_ours else 0.0
     return Run(peak, active_memory() - before, seconds, factor_seconds)
 
 

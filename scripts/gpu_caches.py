@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from xkv.backend import Backend
+from xkv.ops.backend import Backend
 
 
 class DenseLayer(CacheLayerMixin):
@@ -73,7 +73,7 @@ def copied(cache: Cache, copy_of: Callable[[torch.Tensor], torch.Tensor]) -> Any
 
     def replaced(x: Any) -> Any:
         if isinstance(x, torch.Tensor):
-            return memo[id(x)]
+            return memo.get(id(x), x)
         if isinstance(x, tuple):
             parts = [replaced(part) for part in x]
             return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
@@ -87,7 +87,5 @@ def copied(cache: Cache, copy_of: Callable[[torch.Tensor], torch.Tensor]) -> Any
     # factors and landmarks are immutable and so were not copied
     for sequence in getattr(new, "sequences", []):
         for group in sequence.groups:
-            group.keys, group.values = replaced(group.keys), replaced(group.values)
-            for layer in group.layers:
-                layer.landmarks = replaced(layer.landmarks)
+            group.state = replaced(group.state)
     return new

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from xkv.backend import Backend
-from xkv.factorize import factorize
+from xkv.ops.backend import Backend
+from xkv.store.svd import factorize
 
 
 @torch.inference_mode()

@@ -3,7 +3,8 @@
     python -m scripts.support_table
 
 Each model file of the installed mlx-lm is built with a tiny random configuration and looked at as
-``xkv.enable`` does; ``tests/test_architectures.py`` checks that each is exact at full rank.
+``xkv.enable`` does; ``tests/mlx_metal/test_architectures.py`` checks that each is exact at full
+rank.
 """
 
 from __future__ import annotations

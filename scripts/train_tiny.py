@@ -32,8 +32,8 @@ from transformers import (
 )
 
 from xkv.errors import InputError
-from xkv.tasks import TASKS
-from xkv.tasks.haystack import draw_names, draw_number, draw_uuid
+from xkv.evaluation.tasks import TASKS
+from xkv.evaluation.tasks.haystack import draw_names, draw_number, draw_uuid
 from xkv.tiny import documents
 
 PAD, BOS, END, UNKNOWN = "<pad>", "<s>", "<|end|>", "<unk>"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 import xkv
-from xkv.backend import Backend
-from xkv.lowrank_cache import LowRankCache
+from xkv.cache.lowrank_cache import LowRankCache
+from xkv.ops.backend import Backend
 
 
 def decode_with_cache(backend: Backend, config: xkv.XKVConfig) -> np.ndarray:

@@ -43,11 +43,11 @@ def need_device(request: pytest.FixtureRequest, name: str, is_there: bool) -> No
 
 
 @pytest.fixture(scope="session")
-def mlx_backend() -> xkv.backend.Backend:
+def mlx_backend() -> xkv.ops.backend.Backend:
     return xkv.load_backend("mlx")
 
 
 @pytest.fixture(scope="session")
-def reference() -> xkv.backend.Backend:
+def reference() -> xkv.ops.backend.Backend:
     """PyTorch on the CPU: with float64 inputs, what every other result is compared with."""
     return xkv.load_backend("torch", device="cpu")

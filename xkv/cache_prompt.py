@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from xkv.backend import load_backend_module
-from xkv.command_line import user_errors
+from xkv.cli.terminal import user_errors
+from xkv.ops.loading import load_backend_module
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from xkv.codec import BAND
 from xkv.errors import InputError
 
 Rank = int | Literal["full"]
@@ -19,6 +18,12 @@ AUTO_BUDGETS = 4
 factors, costs 1.5 times selective at 2 budgets, 2.6 times at 4 and 4.1 times at 8.
 """
 
+
+BAND = 64
+"""Columns that share a number of bits, and in each row a scale and a bias."""
+
+DECODE_TOKENS = 16
+"""A call of at most this many tokens (one, or a draft to verify) means that the prompt is over."""
 
 MIN_WINDOW, MAX_WINDOW = 16, 128
 """Limits of ``window=None``."""
@@ -56,8 +61,8 @@ class XKVConfig:
     """How a KV cache is compressed.
 
     The size comes from exactly one of two places: ``rank_k`` and ``rank_v``, or ``compression``,
-    which is met for the prompt's length in bytes, everything counted (``xkv.ranks``). With neither,
-    ``compression`` is 4.
+    which is met for the prompt's length in bytes, everything counted (``xkv.store.ranks``).
+    With neither, ``compression`` is 4.
 
     Args:
         group_size: Consecutive layers that share one latent (W).

@@ -13,18 +13,19 @@ from typing import Any
 
 from tqdm import tqdm
 
-from xkv.calibrate import choose_profile
-from xkv.command_line import user_errors
+from xkv.cli.flags import add_grouping_flag
+from xkv.cli.terminal import user_errors
 from xkv.config import XKVConfig
 from xkv.errors import InputError
-from xkv.evaluation import load_language_model
+from xkv.evaluation.figure import plot
 from xkv.evaluation.run import Evaluation, make_settings
 from xkv.evaluation.store import Store
-from xkv.evaluation.summary import collect, csv_text, markdown, plot
-from xkv.flags import add_grouping_flag
-from xkv.tasks import TASKS, MakeSample
-from xkv.tasks.perplexity import PERPLEXITY, FileText
-from xkv.tasks.qa import TextQuestions
+from xkv.evaluation.summary import collect, csv_text, markdown
+from xkv.evaluation.tasks import TASKS, MakeSample
+from xkv.evaluation.tasks.perplexity import PERPLEXITY, FileText
+from xkv.evaluation.tasks.qa import TextQuestions
+from xkv.planning.calibration import choose_profile
+from xkv.planning.language_model import load_language_model
 from xkv.tiny import CHECKPOINT_DIR
 
 METHODS = (

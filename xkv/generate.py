@@ -10,12 +10,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
-from xkv.answer import built_in_prompt, show_answers
-from xkv.backend import load_backend_module
-from xkv.calibrate import choose_profile
-from xkv.command_line import user_errors
-from xkv.engine import Sampling, load_engine
-from xkv.flags import add_compression_flags, add_generate_flags, check_numbers, config_from
+from xkv.cli.answer import built_in_prompt, show_answers
+from xkv.cli.engine import Sampling, load_engine
+from xkv.cli.flags import add_compression_flags, add_generate_flags, check_numbers, config_from
+from xkv.cli.terminal import user_errors
+from xkv.ops.loading import load_backend_module
+from xkv.planning.calibration import choose_profile
 from xkv.tiny import CHECKPOINT_DIR
 
 

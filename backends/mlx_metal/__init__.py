@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from xkv.backends.mlx_metal.backend import MLXBackend
-from xkv.backends.mlx_metal.cache import XKVCache, make_prompt_cache
-from xkv.backends.mlx_metal.enable import disable, enable
-from xkv.backends.mlx_metal.files import load_prompt_cache, save_prompt_cache
-from xkv.backends.mlx_metal.seam import attention_seam
+from xkv.backends.mlx_metal.model.cache import XKVCache
+from xkv.backends.mlx_metal.model.enable import disable, enable, make_prompt_cache
+from xkv.backends.mlx_metal.model.files import load_prompt_cache, save_prompt_cache
+from xkv.backends.mlx_metal.model.seam import attention_seam
+from xkv.cli.engine import Engine
 from xkv.config import XKVConfig
-from xkv.engine import Engine
-from xkv.evaluation.model import LanguageModel
-from xkv.footprint import ModelFacts
-from xkv.kernels import KernelMode
+from xkv.ops.kernels import KernelMode
+from xkv.planning.footprint import ModelFacts
+from xkv.planning.language_model import LanguageModel
 
 __all__ = [
     "MLXBackend",
@@ -43,56 +43,56 @@ def make_backend(kernels: KernelMode = "auto") -> MLXBackend:
 
 
 def load_engine(model: str, **options: Any) -> Engine:
-    """See :func:`xkv.engine.load_engine`."""
-    from xkv.backends.mlx_metal import engine
+    """See :func:`xkv.cli.engine.load_engine`."""
+    from xkv.backends.mlx_metal.cli import engine
 
     return engine.load_engine(model, **options)
 
 
 def read_facts(model: str, config: XKVConfig) -> ModelFacts:
     """See :mod:`xkv.plan`."""
-    from xkv.backends.mlx_metal import plan
+    from xkv.backends.mlx_metal.model import plan
 
     return plan.read_facts(model, config)
 
 
 def memory_bytes() -> int:
     """See :mod:`xkv.plan`."""
-    from xkv.backends.mlx_metal import plan
+    from xkv.backends.mlx_metal.model import plan
 
     return plan.memory_bytes()
 
 
 def run_chat(argv: Sequence[str] | None = None) -> None:
     """See :mod:`xkv.chat`."""
-    from xkv.backends.mlx_metal import chat
+    from xkv.backends.mlx_metal.cli import chat
 
     chat.run_chat(argv)
 
 
 def run_cache_prompt(argv: Sequence[str] | None = None) -> None:
     """See :mod:`xkv.cache_prompt`."""
-    from xkv.backends.mlx_metal import chat
+    from xkv.backends.mlx_metal.cli import chat
 
     chat.run_cache_prompt(argv)
 
 
 def run_generate(argv: Sequence[str] | None = None) -> None:
     """See :mod:`xkv.generate`."""
-    from xkv.backends.mlx_metal import generate
+    from xkv.backends.mlx_metal.cli import generate
 
     generate.run_generate(argv)
 
 
 def run_server(argv: Sequence[str] | None = None) -> None:
     """See :mod:`xkv.server`."""
-    from xkv.backends.mlx_metal import server
+    from xkv.backends.mlx_metal.server import generator as server
 
     server.run_server(argv)
 
 
 def load_language_model(model: str, **options: Any) -> LanguageModel:
-    """See :func:`xkv.evaluation.load_language_model`."""
-    from xkv.backends.mlx_metal import language_model
+    """See :func:`xkv.planning.language_model.load_language_model`."""
+    from xkv.backends.mlx_metal.model import language_model
 
     return language_model.MLXLanguageModel(model, **options)

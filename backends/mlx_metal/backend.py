@@ -10,8 +10,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from xkv.attention import Segment
-from xkv.backend import Array, Backend
 from xkv.backends.mlx_metal.kernels import (
     chunk_scores,
     common,
@@ -19,16 +17,16 @@ from xkv.backends.mlx_metal.kernels import (
     reconstruct_rows,
     selected_attention,
 )
-from xkv.kernels import KernelDispatch, KernelMode
-from xkv.rope import RopeSpec
-from xkv.selection import Landmarks
+from xkv.ops.backend import Backend
+from xkv.ops.kernels import KernelDispatch, KernelMode
+from xkv.ops.types import Array, Landmarks, RopeSpec, Segment
 
 
 class MLXBackend(Backend):
     """MLX on its default device: Metal on a Mac, the CPU elsewhere.
 
     Args:
-        kernels: Whether Metal kernels run, see :class:`xkv.kernels.KernelDispatch`.
+        kernels: Whether Metal kernels run, see :class:`xkv.ops.kernels.KernelDispatch`.
     """
 
     name = "mlx"

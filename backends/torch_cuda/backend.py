@@ -13,12 +13,11 @@ import array_api_compat.torch as xp
 import numpy as np
 import torch
 
-from xkv.attention import Segment
-from xkv.backend import Array, Backend
 from xkv.backends.torch_cuda import bit_packing
 from xkv.backends.torch_cuda import kernels as triton_kernels
-from xkv.kernels import KernelDispatch, KernelMode
-from xkv.selection import Landmarks
+from xkv.ops.backend import Backend
+from xkv.ops.kernels import KernelDispatch, KernelMode
+from xkv.ops.types import Array, Landmarks, Segment
 
 logger = logging.getLogger("xkv")
 
@@ -28,7 +27,7 @@ class TorchBackend(Backend):
 
     Args:
         device: Default: CUDA if there is one, else the CPU.
-        kernels: As in :class:`xkv.kernels.KernelDispatch`.
+        kernels: As in :class:`xkv.ops.kernels.KernelDispatch`.
     """
 
     name = "torch"

@@ -1,80 +1,10 @@
-"""A document's cache that many questions share, seen by the model as one layer's cache.
-
-The backends' cache classes take these objects in place of a :class:`xkv.layer_cache.LayerCache`.
-"""
+"""A document's rows as a method gives them back, which many questions share."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
-
-from xkv.weighting import head_energy
-
-if TYPE_CHECKING:
-    from xkv.backend import Array, Backend
-
-N_WATCHED = 32
-"""Last queries of the document that are kept, for methods that look at what they attend to."""
-
-
-class PromptLayer(ABC):
-    """What a backend's cache class needs of one layer."""
-
-    is_compressed = True
-    """Attention is always computed here."""
-
-    def __init__(self, backend: Backend, offset: int) -> None:
-        self.backend = backend
-        self.keys: Any = None
-        """Rows that came since, ``[B, n_kv_heads, T, head_dim]``, rotated."""
-        self.values: Any = None
-        self._n_before = offset
-
-    @property
-    def offset(self) -> int:
-        """Tokens seen."""
-        return self._n_before + (0 if self.keys is None else self.keys.shape[-2])
-
-    def append(self, keys: Array, values: Array, rope: Any) -> None:
-        """Take new tokens of every question."""
-        if self.keys is None:
-            self.keys, self.values = keys, values
-            return
-        concat = self.backend.xp.concat
-        self.keys = concat([self.keys, keys], axis=-2)
-        self.values = concat([self.values, values], axis=-2)
-
-    def dense(self) -> tuple[Array, Array]:
-        """What a model is handed; its attention is computed by :meth:`attend` instead."""
-        return self.keys, self.values
-
-    def arrays(self) -> list[Array]:
-        """The rows that came since."""
-        return [x for x in (self.keys, self.values) if x is not None]
-
-    @abstractmethod
-    def attend(self, queries: Array, scale: float, mask: Array | None) -> Array:
-        """Attention of the newest tokens, ``[B, n_heads, Lq, head_dim]``."""
-
-
-class DocumentLayer(PromptLayer):
-    """Exact rows while a document is prefilled."""
-
-    def __init__(self, backend: Backend) -> None:
-        super().__init__(backend, 0)
-        self.queries: Array | None = None
-        """The last N_WATCHED rotated queries, ``[1, n_heads, N, head_dim]``."""
-        self.query_energy: Array | None = None
-        """:func:`xkv.weighting.head_energy` of all queries."""
-        self.scale = 0.0
-
-    def attend(self, queries: Array, scale: float, mask: Array | None) -> Array:
-        before = [] if self.queries is None else [self.queries]
-        watched = self.backend.xp.concat([*before, queries], axis=-2)[..., -N_WATCHED:, :]
-        self.queries, self.scale = self.backend.own(watched), scale
-        energy = head_energy(self.backend, queries, self.keys.shape[1])
-        self.query_energy = energy if self.query_energy is None else self.query_energy + energy
-        return self.backend.attention(queries, self.keys, self.values, scale, mask)
+from xkv.ops.backend import Backend
+from xkv.ops.types import Array
+from xkv.planning.document import PromptLayer
 
 
 class Prefix(PromptLayer):

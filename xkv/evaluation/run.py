@@ -12,11 +12,12 @@ import numpy as np
 from xkv.errors import InputError
 from xkv.evaluation.methods import parse_method
 from xkv.evaluation.methods.lowrank import LowRank
-from xkv.evaluation.methods.method import Compressed, Document, Method
-from xkv.evaluation.model import LanguageModel
+from xkv.evaluation.methods.method import Compressed, Method
 from xkv.evaluation.store import Key, Store
-from xkv.tasks import MakeSample, Sample
-from xkv.tasks.perplexity import PERPLEXITY, Continuation
+from xkv.evaluation.tasks import MakeSample, Sample
+from xkv.evaluation.tasks.perplexity import PERPLEXITY, Continuation
+from xkv.planning.document import Document
+from xkv.planning.language_model import LanguageModel
 
 CONTINUATION_QUESTIONS = 16
 """Questions that one continued text stands for: each of its tokens is a prediction."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
 from xkv.backends.mlx_metal.kernels import common
-from xkv.selection import Landmarks
-
-if TYPE_CHECKING:
-    from xkv.backend import Array, Backend
+from xkv.ops.backend import Backend
+from xkv.ops.types import Array, Landmarks
 
 TILE = 128
 """Chunks that a threadgroup scores."""
@@ -120,7 +118,7 @@ SCORES = """
 
 
 class ChunkScores:
-    """:func:`xkv.selection.chunk_scores` in two kernels.
+    """:func:`xkv.ops.selection.chunk_scores` in two kernels.
 
     The first multiplies and leaves, for each 128 chunks, a softmax's maximum and sum; the second
     puts those together and takes the largest weight over the query heads.

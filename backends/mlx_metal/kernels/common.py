@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from xkv.attention import Factor, RopeRun, Segment
 from xkv.backends.mlx_metal.kernels import latents
-from xkv.codec import small_latent
-
-if TYPE_CHECKING:
-    from xkv.backend import Array, Backend
-    from xkv.rope import RopeSpec
+from xkv.ops.backend import Backend
+from xkv.ops.types import Array, Factor, RopeRun, RopeSpec, Segment
+from xkv.store.codec import small_latent
 
 DTYPES = ("float32", "float16", "bfloat16")
 HEAD_DIMS = (64, 128, 256)
@@ -33,7 +30,7 @@ METAL_FUNC float2 turn_pair(float2 x, float angle) {
   return float2(x.x * c - x.y * s, x.y * c + x.x * s);
 }
 """
-"""Rotary pairs; angles are ``float(position) * inverse_freq``, as in ``xkv.rope.cos_sin``."""
+"""Rotary pairs; angles are ``float(position) * inverse_freq``, as in ``xkv.ops.rope.cos_sin``."""
 
 PRODUCT_SOURCE = (
     latents.LATENT_SOURCE

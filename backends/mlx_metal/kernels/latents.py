@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import functools
 from string import Template
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from xkv.attention import Factor
-from xkv.codec import Packed
-
-if TYPE_CHECKING:
-    from xkv.backend import Array
+from xkv.ops.packed import Packed
+from xkv.ops.types import Array, Factor
 
 Layout = tuple[tuple[int, int], ...]
 """Bits and group size of each part of a packed latent; empty for one in its own dtype."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
-from xkv.attention import Segment
 from xkv.backends.mlx_metal.kernels import common, latents
-from xkv.codec import Packed
-
-if TYPE_CHECKING:
-    from xkv.backend import Array, Backend
+from xkv.ops.backend import Backend
+from xkv.ops.packed import Packed
+from xkv.ops.types import Array, Segment
 
 HEADER = common.ROPE_SOURCE + common.PRODUCT_SOURCE
 
@@ -88,7 +86,7 @@ SOURCE = """
 
 
 class LowrankAttention:
-    """The kernel of :func:`xkv.attention.lowrank_attention`.
+    """The kernel of :func:`xkv.ops.attention.lowrank_attention`.
 
     Each tile of rows is multiplied out, rotated and scored against all query heads of its KV head
     in threadgroup memory, so keys never reach device memory; dense rows are further tiles. What

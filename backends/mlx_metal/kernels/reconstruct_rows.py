@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
-from xkv.attention import Segment
 from xkv.backends.mlx_metal.kernels import common, latents
-
-if TYPE_CHECKING:
-    from xkv.backend import Array, Backend
+from xkv.ops.backend import Backend
+from xkv.ops.types import Array, Segment
 
 HEADER = common.ROPE_SOURCE + common.PRODUCT_SOURCE
 
@@ -59,7 +57,7 @@ SOURCE = """
 
 
 class ReconstructRows:
-    """The kernel of :func:`xkv.selection.reconstruct_rows`.
+    """The kernel of :func:`xkv.ops.selection.reconstruct_rows`.
 
     Limits: float32, float16 or bfloat16; head_dim 64, 128 or 256; one rotation for all rows. Any
     rank, any number of rows.

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 
-from xkv.attention import Factor, RopeRun, Segment
 from xkv.backends.mlx_metal.kernels import common, latents
-from xkv.codec import Packed, small_latent
-from xkv.selection import chunk_rows
-
-if TYPE_CHECKING:
-    from xkv.backend import Array, Backend
+from xkv.ops.backend import Backend
+from xkv.ops.packed import Packed
+from xkv.ops.selection import chunk_rows
+from xkv.ops.types import Array, Factor, RopeRun, Segment
+from xkv.store.codec import small_latent
 
 ROWS = 128
 """Rows that a threadgroup attends to."""
@@ -270,7 +269,7 @@ def merge(parts: list[Array], dense_parts: list[Array], dtype: mx.Dtype) -> list
 
 
 class SelectedAttention:
-    """:func:`xkv.selection.selected_attention` in two kernels and one product.
+    """:func:`xkv.ops.selection.selected_attention` in two kernels and one product.
 
     ``attend`` runs twice, over the selected rows (keys from the backend's ``reconstruct_rows``,
     values gathered in the latent) and over the dense rows, and leaves a softmax of its own for each

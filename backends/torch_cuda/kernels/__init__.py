@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from xkv.attention import Segment
-from xkv.backend import Array, Backend
-from xkv.codec import Packed
-from xkv.kernels import Kernel
+from xkv.ops.backend import Backend
+from xkv.ops.kernels import Kernel
+from xkv.ops.packed import Packed
+from xkv.ops.types import Array, Segment
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

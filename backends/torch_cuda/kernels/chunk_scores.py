@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from xkv.backend import Array, Backend
 from xkv.backends.torch_cuda.kernels.common import MAX_SHARING, sharing_pad
-from xkv.selection import Landmarks
+from xkv.ops.backend import Backend
+from xkv.ops.types import Array, Landmarks
 
 BLOCK_CHUNKS = 64
 WIDE_BLOCK = 1024
@@ -122,7 +122,7 @@ def weights_kernel(
 
 
 class ChunkScores:
-    """:func:`xkv.selection.chunk_scores` in two launches: products with partial sums, then weights.
+    """:func:`xkv.ops.selection.chunk_scores` in two launches: products, then weights.
 
     Reads each landmark once, ``head_dim * bits / 8`` bytes with scales and biases, and passes 4
     bytes a chunk and query head from one launch to the next, in the L2 cache. ``2 * head_dim``

@@ -14,12 +14,12 @@ import torch
 import triton
 import triton.language as tl
 
-from xkv.attention import Factor, RopeRun, Segment
-from xkv.backend import Array, Backend
 from xkv.backends.torch_cuda.kernels import latents
 from xkv.backends.torch_cuda.kernels.latents import part_tile
-from xkv.codec import Packed, small_latent
-from xkv.rope import RopeSpec
+from xkv.ops.backend import Backend
+from xkv.ops.packed import Packed
+from xkv.ops.types import Array, Factor, RopeRun, RopeSpec, Segment
+from xkv.store.codec import small_latent
 
 HEAD_DIMS = (32, 64, 128, 256)
 BLOCK_ROWS = 64

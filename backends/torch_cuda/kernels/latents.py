@@ -7,8 +7,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from xkv.attention import Factor
-from xkv.codec import Packed
+from xkv.ops.packed import Packed
+from xkv.ops.types import Factor
 
 Layout = tuple[tuple[int, int], ...] | None
 """Bits and group size of each part of a packed latent; None for one in its own dtype."""

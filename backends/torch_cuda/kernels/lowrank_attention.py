@@ -9,8 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from xkv.attention import Factor, Segment
-from xkv.backend import Array, Backend
 from xkv.backends.torch_cuda.kernels.common import (
     BLOCK_ROWS,
     Splits,
@@ -27,7 +25,9 @@ from xkv.backends.torch_cuda.kernels.common import (
     why_not_attention,
 )
 from xkv.backends.torch_cuda.kernels.latents import latent_arguments, layout_of, part_tile
-from xkv.codec import Packed
+from xkv.ops.backend import Backend
+from xkv.ops.packed import Packed
+from xkv.ops.types import Array, Factor, Segment
 
 MAX_SPLITS = 64
 """Parts of the weighted rows: with the column blocks enough programs to fill a large GPU."""
@@ -216,7 +216,7 @@ def weighted_rows_kernel(
 
 
 class LowrankAttention:
-    """:func:`xkv.attention.lowrank_attention` for one query a head and no mask, in three launches.
+    """:func:`xkv.ops.attention.lowrank_attention` of one query a head, no mask, in 3 launches.
 
     Scores first, a program for each KV head and 64 rows, keys in registers; then the latent values,
     weighted for all query heads at once, since these share them; then the merge and the basis. Keys

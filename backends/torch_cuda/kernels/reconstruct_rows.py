@@ -8,8 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from xkv.attention import Segment
-from xkv.backend import Array, Backend
 from xkv.backends.torch_cuda.kernels.common import (
     BLOCK_ROWS,
     block_rank,
@@ -22,6 +20,8 @@ from xkv.backends.torch_cuda.kernels.common import (
     why_not_segment,
 )
 from xkv.backends.torch_cuda.kernels.latents import latent_arguments, layout_of
+from xkv.ops.backend import Backend
+from xkv.ops.types import Array, Segment
 
 
 @triton.jit(do_not_specialize=["position"])
@@ -78,7 +78,7 @@ def reconstruct_rows_kernel(
 
 
 class ReconstructRows:
-    """:func:`xkv.selection.reconstruct_rows`
+    """:func:`xkv.ops.selection.reconstruct_rows`
 
     For each KV head and row it reads ``rank`` latent elements and writes ``head_dim``; each block
     of 64 rows reads the head's basis, out of the L2 cache. ``2 * rank * head_dim`` flops a row. A

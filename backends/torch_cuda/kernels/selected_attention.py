@@ -8,8 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from xkv.attention import Segment
-from xkv.backend import Array, Backend
 from xkv.backends.torch_cuda.kernels.common import (
     BLOCK_ROWS,
     Splits,
@@ -28,6 +26,8 @@ from xkv.backends.torch_cuda.kernels.common import (
     why_not_attention,
 )
 from xkv.backends.torch_cuda.kernels.latents import latent_arguments, layout_of
+from xkv.ops.backend import Backend
+from xkv.ops.types import Array, Segment
 
 
 @triton.jit(do_not_specialize=["position", "n_dense", "n_splits"])
@@ -170,7 +170,7 @@ def selected_attention_kernel(
 
 
 class SelectedAttention:
-    """:func:`xkv.selection.selected_attention`, keys rebuilt in registers.
+    """:func:`xkv.ops.selection.selected_attention`, keys rebuilt in registers.
 
     A program takes 64 selected rows (or 64 dense ones) of a KV head: keys, scores, their softmax
     and the weighted latent rows; a second launch merges the splits and applies the values' basis.

@@ -10,7 +10,7 @@ from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.evaluation.methods.full import Full
 from xkv.evaluation.methods.lowrank import parse_options
-from xkv.evaluation.methods.method import Compressed, Document, Method
+from xkv.evaluation.methods.method import Compressed, Method
 from xkv.evaluation.methods.minicache import MiniCache
 from xkv.evaluation.methods.quantized import Quantized
 from xkv.evaluation.methods.quest import Quest
@@ -18,6 +18,7 @@ from xkv.evaluation.methods.random_keys import RandomKeys
 from xkv.evaluation.methods.rotating import Rotating
 from xkv.evaluation.methods.snapkv import SnapKV, SnapKVQuery
 from xkv.evaluation.methods.veloxquant import VeloxQuant
+from xkv.planning.document import Document
 
 __all__ = ["NAMES", "Compressed", "Document", "Method", "parse_method"]
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from xkv.errors import InputError
-from xkv.evaluation.methods.method import Compressed, Document, compressed_rows
-
-if TYPE_CHECKING:
-    from xkv.backend import Array, Backend
+from xkv.evaluation.methods.method import Compressed, compressed_rows
+from xkv.ops.backend import Backend
+from xkv.ops.types import Array
+from xkv.planning.document import Document
 
 
 def rows_to_keep(document: Document, ratio: float | None, needed: int, what: str) -> int:

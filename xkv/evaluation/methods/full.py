@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from xkv.evaluation.methods.method import Compressed, Document, Method, compressed_rows
+from xkv.evaluation.methods.method import Compressed, Method, compressed_rows
+from xkv.planning.document import Document
 
 
 @dataclass(frozen=True)

@@ -5,19 +5,18 @@ from __future__ import annotations
 import copy
 import functools
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from xkv.cache.describe import describe_factors
+from xkv.cache.lowrank_cache import LowRankCache
 from xkv.config import XKVConfig
-from xkv.engine import describe_factors
 from xkv.errors import InputError
-from xkv.evaluation.methods.method import Compressed, Conversation, Document, Method
+from xkv.evaluation.methods.method import Compressed, Conversation, Method
 from xkv.evaluation.prefix import Prefix
-from xkv.selection import select_chunks
-
-if TYPE_CHECKING:
-    from xkv.backend import Array, Backend
-    from xkv.lowrank_cache import LowRankCache
-    from xkv.selection import Landmarks
+from xkv.ops.backend import Backend
+from xkv.ops.selection import select_chunks
+from xkv.ops.types import Array, Landmarks
+from xkv.planning.document import Document
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,9 @@ class LowRank(Method):
             def bytes_now() -> tuple[int, int]:
                 # the widened cache holds the same numbers in more bytes, and codes in as many
                 wide = document.widen(document.keys[0]).nbytes / document.keys[0].nbytes
-                arrays = [x for layer in mine.layers.values() for x in layer.arrays()]
-                arrays += [x for group in mine.groups for x in group.arrays()]
-                held = sum(x.nbytes / (wide if x.dtype == document.dtype else 1) for x in arrays)
+                held = sum(
+                    x.nbytes / (wide if x.dtype == document.dtype else 1) for x in mine.arrays()
+                )
                 n_tokens = layers[0].offset
                 alone = sum(document.keys[i].nbytes + document.values[i].nbytes for i in left) * (
                     n_tokens / document.n_tokens
@@ -101,13 +100,12 @@ def compressed_cache(document: Document, config: XKVConfig) -> LowRankCache:
     cache = document.make_cache(config)
     for index, layer in cache.layers.items():
         keys, values = document.keys[index], document.values[index]
-        layer.query_energy = document.query_energies[index]
+        layer.rows = layer.rows._replace(query_energy=document.query_energies[index])
         begin = 0
         for end, spec in document.rope_runs(index):
             layer.append(keys[..., begin:end, :], values[..., begin:end, :], spec)
             begin = end
-    for group in cache.groups:
-        group.settle()
+    cache.settle()
     if cache.ranks is None:
         raise InputError(cache.notice or "nothing could be compressed")
     return cache
@@ -148,7 +146,7 @@ class SelectedPrefix(Prefix):
         self._start, self._budget = start, budget
 
     def select(self, queries: Array, scale: float) -> Array | None:
-        """As :meth:`xkv.layer_cache.LayerCache.attend` does: single tokens only."""
+        """As :meth:`xkv.cache.lowrank_cache.LayerCache.attend` does: single tokens only."""
         if queries.shape[-2] > 1:
             self.prefix_keys, self.prefix_values = self._approximate
             return None
@@ -165,6 +163,7 @@ class SelectedPrefix(Prefix):
 def _widen(cache: LowRankCache, document: Document) -> None:
     """Give a cache's arrays the dtype of the arithmetic, after its bytes were counted."""
     for group in cache.groups:
+        wide: dict[str, Any] = {}
         for name in ("keys", "values"):
             factors = getattr(group, name)
             if factors is not None:
@@ -172,11 +171,15 @@ def _widen(cache: LowRankCache, document: Document) -> None:
                     matrix.astype(document.backend, document.dtype)
                     for matrix in (factors.latent, *factors.bases)
                 )
-                wide = factors._replace(latent=latent, bases=tuple(bases))
-                setattr(group, name, wide)
+                wide[name] = factors._replace(latent=latent, bases=tuple(bases))
+        layers = []
         for layer in group.layers:
-            for buffer in (layer.keys, layer.values):
-                buffer.allocated = document.widen(buffer.allocated)
+            keys, values = (
+                buffer._replace(allocated=document.widen(buffer.allocated))
+                for buffer in (layer.keys, layer.values)
+            )
+            layers.append(layer._replace(keys=keys, values=values))
+        group.state = group.state._replace(layers=tuple(layers), **wide)
 
 
 def _prefix(document: Document, cache: LowRankCache, rows: dict[str, Any]) -> Prefix:
@@ -197,10 +200,10 @@ def _rows(cache: LowRankCache, document: Document, index: int) -> dict[str, Any]
     keys, values = layer.dense()
     if layer.landmarks is None:
         return {"keys": keys, "values": values}
-    backend, landmarks = layer.group.backend, layer.landmarks
+    backend, landmarks = layer.cache.backend, layer.landmarks
     start = layer.group.start
     positions = backend.positions(0, layer.offset)
-    is_dense = (positions < start) | (positions >= start + layer.n_segment)
+    is_dense = (positions < start) | (positions >= start + layer.rows.n_segment)
     is_outlier = _rows_of(backend, landmarks.is_outlier, landmarks.chunk_size, start, layer.offset)
     exact = tuple(
         backend.xp.where(is_outlier[..., None], document.widen(rows[index]), approximate)

@@ -5,94 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from xkv.attention import RopeRun, rope_rows
-from xkv.errors import InputError
-from xkv.evaluation.prefix import Prefix, PromptLayer
-
-if TYPE_CHECKING:
-    from xkv.backend import Array, Backend
-    from xkv.layer_cache import LayerCache
-    from xkv.lowrank_cache import LowRankCache
-    from xkv.rope import Rope, RopeSpec
-
-
-@dataclass(frozen=True)
-class Document:
-    """A prefilled document: exact rows of every layer, which all methods start from.
-
-    Args:
-        backend: Does the arithmetic.
-        keys: One a layer, ``[1, n_kv_heads, L, head_dim]``, rotated, in the KV dtype.
-        values: One a layer, ``[1, n_kv_heads, L, value_dim]``.
-        queries: One a layer, the last queries ``[1, n_heads, N, head_dim]``, rotated.
-        ropes: What rotated each layer's keys.
-        call_ends: Where each call of the prefill ended; some ropes rotate each call differently.
-        scale: Factor on the scores.
-        dtype: In which attention is computed.
-        seed: For methods that draw random numbers.
-        query_energies: One a layer, :func:`xkv.weighting.head_energy` of all queries.
-        make_cache: Makes an empty low-rank cache with a configuration's fields.
-    """
-
-    backend: Backend
-    keys: tuple[Array, ...]
-    values: tuple[Array, ...]
-    queries: tuple[Array, ...]
-    ropes: tuple[Rope | None, ...]
-    call_ends: tuple[int, ...]
-    scale: float
-    dtype: object
-    seed: int
-    query_energies: tuple[Array | None, ...]
-    make_cache: Callable[..., LowRankCache]
-
-    @property
-    def n_tokens(self) -> int:
-        return self.keys[0].shape[-2]
-
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes of the exact rows."""
-        return sum(x.nbytes for x in (*self.keys, *self.values))
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one token's exact rows."""
-        return self.dense_bytes // self.n_tokens
-
-    def rope_runs(self, layer: int) -> list[tuple[int, RopeSpec | None]]:
-        """Where each run of rows that one spec rotated ends, and the spec."""
-        rope = self.ropes[layer]
-        runs: list[tuple[int, RopeSpec | None]] = []
-        for end in self.call_ends:
-            spec = None if rope is None else rope.at(end)
-            if runs and runs[-1][1] == spec:
-                runs.pop()
-            runs.append((end, spec))
-        return runs
-
-    def plain_rows(self, name: str, layer: int) -> Array:
-        """One layer's "keys", un-rotated, or "values": ``[L, n_kv_heads * dim]`` in float32.
-
-        Raises:
-            InputError: If they hold NaN or infinity.
-        """
-        xp, rows = self.backend.xp, getattr(self, name)[layer]
-        rows = xp.astype(rows, self.backend.accumulate_dtype(rows))
-        if not bool(xp.all(xp.isfinite(rows))):
-            raise InputError(f"the {name} of layer {layer} hold NaN or infinity for this prompt")
-        if name == "keys":
-            ends = self.rope_runs(layer)
-            begins = (0, *(end for end, _ in ends))
-            runs = [RopeRun(end - start, x) for start, (end, x) in zip(begins, ends, strict=False)]
-            rows = rope_rows(self.backend, rows, 0, tuple(runs), inverse=True)
-        return xp.reshape(xp.permute_dims(rows[0], (1, 0, 2)), (self.n_tokens, -1))
-
-    def widen(self, rows: Array) -> Array:
-        """Rows in the dtype of the arithmetic."""
-        return self.backend.xp.astype(rows, self.dtype)
+from xkv.cache.lowrank_cache import LayerCache
+from xkv.evaluation.prefix import Prefix
+from xkv.ops.types import Array
+from xkv.planning.document import Document, PromptLayer
 
 
 @dataclass(frozen=True)

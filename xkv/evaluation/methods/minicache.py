@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from xkv.errors import InputError
 from xkv.evaluation.methods.eviction import is_largest
-from xkv.evaluation.methods.method import Compressed, Document, Method, compressed_rows
-
-if TYPE_CHECKING:
-    from xkv.backend import Array
+from xkv.evaluation.methods.method import Compressed, Method, compressed_rows
+from xkv.ops.types import Array
+from xkv.planning.document import Document
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from xkv.errors import InputError
 from xkv.evaluation.methods.eviction import keep_rows, rows_to_keep
-from xkv.evaluation.methods.method import Compressed, Document, Method
+from xkv.evaluation.methods.method import Compressed, Method
+from xkv.planning.document import Document
 
 
 @dataclass(frozen=True)

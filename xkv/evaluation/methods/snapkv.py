@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from xkv.attention import grouped_scores
 from xkv.errors import InputError
 from xkv.evaluation.methods.eviction import is_largest, keep_rows, rows_to_keep
-from xkv.evaluation.methods.method import Compressed, Document, Method, compressed_rows
-from xkv.evaluation.prefix import N_WATCHED, Prefix
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from xkv.backend import Array, Backend
+from xkv.evaluation.methods.method import Compressed, Method, compressed_rows
+from xkv.evaluation.prefix import Prefix
+from xkv.ops.attention import grouped_scores
+from xkv.ops.backend import Backend
+from xkv.ops.types import Array
+from xkv.planning.document import N_WATCHED, Document
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
 
 from xkv.errors import InputError
-from xkv.evaluation.methods.method import Compressed, Document, Method, compressed_rows
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from xkv.backend import Array
+from xkv.evaluation.methods.method import Compressed, Method, compressed_rows
+from xkv.ops.types import Array
+from xkv.planning.document import Document
 
 KINDS = "xkv", "palu", "kvtc"
 INSTALL = "pip install veloxquant-mlx"

@@ -1,0 +1,1 @@
+"""mlx-lm's command lines over compressed caches."""

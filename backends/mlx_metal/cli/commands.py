@@ -1,0 +1,214 @@
+"""mlx-lm's own command lines with our cache underneath and a few flags more."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import sys
+import traceback
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from xkv.backends.mlx_metal.backend import MLXBackend
+from xkv.backends.mlx_metal.cli.engine import load_errors
+from xkv.backends.mlx_metal.model import seam
+from xkv.backends.mlx_metal.model.enable import (
+    disable,
+    enable,
+    enabled_state,
+    identity_of,
+    lowrank_cache,
+)
+from xkv.backends.mlx_metal.model.files import load_prompt_cache, save_prompt_cache
+from xkv.cli.flags import add_compression_flags, check_numbers, config_from, has_compression_flags
+from xkv.config import XKVConfig
+from xkv.errors import InputError
+from xkv.planning.calibration import choose_profile
+from xkv.planning.profile import Profile
+from xkv.tiny import CHECKPOINT_DIR
+
+
+class Command:
+    """One run of an mlx-lm command; subclasses add flags and replace more of it."""
+
+    writes_file = False
+    """Whether ``--prompt-cache-file`` is written, not read."""
+
+    def __init__(self) -> None:
+        self.prog = ""
+        self.args = argparse.Namespace()
+        """What was parsed; set when mlx-lm's ``main`` has done so."""
+        self.config: XKVConfig | None = None
+        """The compression asked for; None for the full cache."""
+        self.grouping: str | None = None
+        """What ``--grouping`` says; a prompt cache from a file keeps its own groups."""
+        self.models: list[Any] = []
+        """Models that were loaded and enabled."""
+
+    def add_flags(self, parser: argparse.ArgumentParser) -> None:
+        """Add ours to mlx-lm's."""
+        add_compression_flags(parser)
+
+    def parser_class(self) -> type[argparse.ArgumentParser]:
+        """An ``ArgumentParser`` that adds our flags and checks what it has parsed."""
+        command = self
+
+        class Parser(argparse.ArgumentParser):
+            def __init__(self, *args: Any, **kwargs: Any) -> None:
+                super().__init__(*args, **{**kwargs, "prog": command.prog})
+                command.add_flags(self)
+
+            def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+                for action in self._actions:
+                    if action.dest == "model":
+                        action.help = f"{action.help} (default: the model that comes with xkv)"
+                        action.default = None
+                    if action.dest == "prompt" and not action.required:
+                        action.help = f"{action.help} (default: a question about a long document)"
+                        action.default = None
+                parsed = super().parse_args(*args, **kwargs)
+                command.take(parsed)
+                return parsed
+
+        return Parser
+
+    def take(self, args: argparse.Namespace) -> None:
+        """Check the parsed flags.
+
+        Raises:
+            InputError: If they cannot be met.
+        """
+        self.args = args
+        # mlx-lm takes the model from the prompt cache's file where none is given
+        is_in_file = not self.writes_file and vars(args).get("prompt_cache_file") is not None
+        if args.model is None and not is_in_file:
+            args.model = str(CHECKPOINT_DIR)
+        self.config = config_from(args, args.model == str(CHECKPOINT_DIR))
+        self.grouping = args.grouping
+        check_numbers(args)
+        prompt = vars(args).get("prompt")
+        if prompt == "-":
+            prompt = sys.stdin.read()
+            sys.stdin = io.StringIO(prompt)
+        if prompt is not None and not prompt.strip():
+            raise InputError("the prompt is empty: give some text with --prompt")
+
+    def replacements(self, module: Any) -> dict[str, Any]:
+        """Globals of mlx-lm's module that are others while it runs."""
+        names: dict[str, Any] = {
+            "argparse": types.SimpleNamespace(
+                **{**vars(argparse), "ArgumentParser": self.parser_class()}
+            )
+        }
+        for loader in ("load", "sharded_load"):
+            if hasattr(module, loader):
+                names[loader] = self.loading(getattr(module, loader))
+        if hasattr(module, "save_prompt_cache"):
+            names["save_prompt_cache"] = save_prompt_cache
+        if hasattr(module, "load_prompt_cache"):
+            names["load_prompt_cache"] = self.load_prompt_cache
+        return names
+
+    def load_prompt_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """:func:`xkv.load_prompt_cache`; without flags of its own a run takes the file's."""
+        loaded = load_prompt_cache(*args, **kwargs)
+        cache = lowrank_cache(loaded[0] if kwargs.get("return_metadata") else loaded)
+        if cache is None:
+            print(f"Note: the prompt cache in {args[0]} is not compressed", file=sys.stderr)
+            self.config = None
+        elif not has_compression_flags(self.args):
+            self.config, self.grouping = cache.config, "consecutive"
+        return loaded
+
+    def find_profile(self, path: str) -> Profile | None:
+        """The profile for a model; ``--grouping`` is about the command line's own.
+
+        Raises:
+            InputError: If it cannot be had.
+        """
+        is_own = self.args.model in (None, path)
+        grouping = self.grouping if is_own or self.grouping == "consecutive" else None
+        if mx.distributed.init().size() > 1:
+            if grouping not in (None, "consecutive"):
+                raise InputError(
+                    "--grouping is about whole models, and this one runs on several devices: leave "
+                    "it out"
+                )
+            return None
+        given = vars(self.args)
+        trust = bool(given.get("trust_remote_code"))
+        return choose_profile(
+            grouping, given.get("group_size"), path, "mlx", trust_remote_code=trust
+        )
+
+    def take_model(self, model: Any, config: XKVConfig) -> None:
+        """Enable a model that was loaded."""
+        report = enable(model, config, backend=MLXBackend(self.args.kernels))
+        if mx.distributed.init().rank() == 0:
+            print(report, file=sys.stderr)
+        self.models.append(model)
+
+    def loading(self, load: Callable[..., Any]) -> Callable[..., Any]:
+        """mlx-lm's ``load`` or ``sharded_load``, after which the model is taken."""
+
+        def load_and_enable(path: str, *args: Any, **kwargs: Any) -> Any:
+            profile = None if self.config is None else self.find_profile(path)
+            with load_errors(path):
+                loaded = load(path, *args, **kwargs)
+            model, config = loaded[0], self.config
+            if config is not None and profile is not None:
+                config = profile.apply(config, identity_of(model, config))
+            if config is not None and enabled_state(model) is None:
+                self.take_model(model, config)
+            return loaded
+
+        return load_and_enable
+
+
+def run(name: str, argv: Sequence[str] | None = None, *, command: Command) -> None:
+    """Run ``mlx_lm.NAME``'s ``main`` with compressed caches.
+
+    Args:
+        name: "generate", "chat", "server" or "cache_prompt".
+        argv: Arguments; None takes the program's.
+        command: What to add and to replace.
+
+    Raises:
+        InputError: If what the flags ask for cannot be met.
+    """
+    module = seam.module(f"mlx_lm.{name}")
+    command.prog = f"python -m xkv.{name}"
+    before = sys.argv, sys.stdin
+    sys.argv = [command.prog, *(sys.argv[1:] if argv is None else argv)]
+    try:
+        with replaced(module, command.replacements(module)):
+            module.main()
+    except ValueError as error:
+        # a mistake that mlx-lm's own main has found
+        if traceback.extract_tb(error.__traceback__)[-1].filename == module.__file__:
+            raise InputError(str(error)) from error
+        raise
+    finally:
+        sys.argv, sys.stdin = before
+        for model in command.models:
+            if enabled_state(model) is not None:
+                disable(model)
+
+
+@contextlib.contextmanager
+def replaced(module: Any, names: dict[str, Any]) -> Iterator[None]:
+    """Give a module other globals for a while."""
+    before = {name: vars(module)[name] for name in names if name in vars(module)}
+    try:
+        vars(module).update(names)
+        yield
+    finally:
+        for name in names:
+            if name in before:
+                vars(module)[name] = before[name]
+            else:
+                del vars(module)[name]

@@ -1,0 +1,191 @@
+"""Generation on MLX: mlx-lm's own loading and decoding loop, with our cache underneath."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from mlx_lm.models import cache as mlx_cache
+from mlx_lm.sample_utils import make_sampler
+
+from xkv.backends.mlx_metal.backend import MLXBackend
+from xkv.backends.mlx_metal.model.enable import (
+    disable,
+    enable,
+    enabled_state,
+    identity_of,
+    lowrank_cache,
+)
+from xkv.backends.mlx_metal.model.memory import dense_bytes
+from xkv.backends.mlx_metal.model.prefill import flatten
+from xkv.cache.describe import describe
+from xkv.cli.engine import Engine, Generation, Progress, Sampling
+from xkv.config import XKVConfig
+from xkv.errors import InputError
+from xkv.planning.profile import ModelIdentity
+
+
+class MLXEngine(Engine):
+    """A model loaded by ``mlx_lm.load``."""
+
+    def __init__(self, model: Any, tokenizer: Any, backend: MLXBackend) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.backend = backend
+
+    @property
+    def identity(self) -> ModelIdentity:
+        return identity_of(self.model, XKVConfig())
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        config: XKVConfig | None,
+        sampling: Sampling,
+        *,
+        prefill_step_size: int = 2048,
+        on_text: Callable[[str], None] = lambda text: None,
+        on_progress: Progress = lambda phase, done, total: None,
+    ) -> Generation:
+        if sampling.seed is not None:
+            mx.random.seed(sampling.seed)
+        return self.answer(
+            prompt,
+            config,
+            on_text,
+            on_progress,
+            max_tokens=sampling.max_tokens,
+            sampler=make_sampler(
+                sampling.temp, sampling.top_p, sampling.min_p, top_k=sampling.top_k
+            ),
+            prefill_step_size=prefill_step_size,
+        )
+
+    def answer(
+        self,
+        prompt: Sequence[int],
+        config: XKVConfig | None,
+        on_text: Callable[[str], None],
+        on_progress: Progress,
+        *,
+        prompt_cache: list[Any] | None = None,
+        draft_model: Any = None,
+        **options: Any,
+    ) -> Generation:
+        """:meth:`generate` with the options of ``mlx_lm.stream_generate`` instead of ours."""
+        # groups that the configuration names are the model's
+        draft = config and replace(config, groups=None, group_shares=None)
+        with self._enabled(self.model, config, on_progress), self._enabled(draft_model, draft):
+            cache = prompt_cache or [
+                layer
+                for model in (self.model, draft_model)
+                if model is not None
+                for layer in mlx_cache.make_prompt_cache(model)
+            ]
+            return self._stream(
+                prompt, cache, on_text, on_progress, draft_model=draft_model, **options
+            )
+
+    @contextlib.contextmanager
+    def _enabled(
+        self, model: Any, config: XKVConfig | None, on_progress: Progress = lambda *step: None
+    ) -> Iterator[None]:
+        if config is None or model is None:
+            yield
+            return
+        enable(model, config, backend=self.backend)
+        state = enabled_state(model)
+        assert state is not None
+        state.on_factor = lambda done, total: on_progress("factorize", done, total)
+        try:
+            yield
+        finally:
+            disable(model)
+
+    def _stream(
+        self,
+        prompt: Sequence[int],
+        cache: list[Any],
+        on_text: Callable[[str], None],
+        on_progress: Progress,
+        **options: Any,
+    ) -> Generation:
+        before = self.backend.active_memory() - sum(layer.nbytes for layer in cache)
+        self.backend.reset_peak_memory()
+        text, tokens, finish = [], [], None
+        for response in mlx_lm.stream_generate(
+            self.model,
+            self.tokenizer,
+            list(prompt),
+            prompt_cache=cache,
+            prompt_progress_callback=lambda done, total: on_progress("prefill", done, total),
+            **options,
+        ):
+            text.append(response.text)
+            on_text(response.text)
+            tokens.append(response.token)
+            finish = response.finish_reason
+        prompt_seconds = response.prompt_tokens / response.prompt_tps
+        decode_tps = response.generation_tps
+        del response
+        if finish == "stop":
+            tokens.pop()
+        compressed = lowrank_cache(cache)
+        factorize_seconds = compressed.factorize_seconds if compressed else 0.0
+        return Generation(
+            text="".join(text),
+            tokens=tuple(tokens),
+            n_prompt=len(prompt),
+            prefill_seconds=prompt_seconds - factorize_seconds,
+            factorize_seconds=factorize_seconds,
+            decode_tps=decode_tps,
+            peak_bytes=self.backend.peak_memory(),
+            dense_bytes=sum(dense_bytes(layer) for layer in flatten(cache)),
+            held_bytes=sum(layer.nbytes for layer in cache),
+            allocated_bytes=self.backend.active_memory() - before,
+            notice=compressed.notice if compressed else None,
+            detail=describe(compressed) if compressed else None,
+        )
+
+
+def load_engine(model: str, *, trust_remote_code: bool = False, **options: Any) -> MLXEngine:
+    """Load a local directory or a Hugging Face repository with mlx-lm.
+
+    Raises:
+        InputError: If there is no such model, or mlx-lm does not know its type.
+    """
+    tokenizer_config = {"trust_remote_code": True} if trust_remote_code else {}
+    with load_errors(model):
+        loaded, tokenizer, *_ = mlx_lm.load(model, tokenizer_config=tokenizer_config)
+    return MLXEngine(loaded, tokenizer, MLXBackend(**options))
+
+
+@contextlib.contextmanager
+def load_errors(model: str) -> Iterator[None]:
+    """Say in one sentence why a model cannot be loaded.
+
+    Raises:
+        InputError: If there is no such model, or mlx-lm does not know its type.
+    """
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        raise InputError(f"{model} has no config.json, so it is not a model directory")
+    try:
+        yield
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise InputError(
+            f"model {model!r} is neither a directory nor a repository that can be reached: "
+            f"{_first_line(error)}"
+        ) from error
+    # unknown types, weights missing or too many, a config without a field, a broken file
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise InputError(f"mlx-lm cannot load {model}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,65 @@
+"""``python -m xkv.generate`` on MLX: mlx-lm's command, answered and reported by our engine."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+
+from xkv.backends.mlx_metal.backend import MLXBackend
+from xkv.backends.mlx_metal.cli.commands import Command, run
+from xkv.backends.mlx_metal.cli.engine import MLXEngine
+from xkv.cli.answer import built_in_prompt, show_answers
+from xkv.cli.flags import add_generate_flags
+from xkv.config import XKVConfig
+from xkv.errors import InputError
+from xkv.planning.profile import Profile
+
+
+def run_generate(argv: Sequence[str] | None = None) -> None:
+    """Answer one prompt with all of mlx-lm's flags, out of a compressed cache."""
+    run("generate", argv, command=Generate())
+
+
+class Generate(Command):
+    """mlx-lm's ``generate``, whose last step is ours."""
+
+    def add_flags(self, parser: argparse.ArgumentParser) -> None:
+        super().add_flags(parser)
+        add_generate_flags(parser)
+
+    def take(self, args: argparse.Namespace) -> None:
+        if args.prompt is None:
+            args.prompt = built_in_prompt()
+        super().take(args)
+        if args.compare and args.prompt_cache_file is not None:
+            raise InputError("--compare needs the whole prompt, not --prompt-cache-file")
+
+    def find_profile(self, path: str) -> Profile | None:
+        # the model itself comes first; a draft model's groups are consecutive
+        return None if self.models else super().find_profile(path)
+
+    def take_model(self, model: Any, config: XKVConfig) -> None:
+        """Keep the model's configuration: the engine enables it, once for each answer."""
+        self.models.append(model)
+        self.config = config
+
+    def replacements(self, module: Any) -> dict[str, Any]:
+        return {**super().replacements(module), "generate": self.generate}
+
+    def generate(
+        self, model: Any, tokenizer: Any, prompt: Sequence[int], *, verbose: bool, **options: Any
+    ) -> str:
+        """In place of mlx-lm's ``generate``: prints like it, and what the cache holds."""
+        engine = MLXEngine(model, tokenizer, MLXBackend(self.args.kernels))
+
+        def answer(config: Any, on_text: Any, on_progress: Any) -> Any:
+            if self.args.seed is not None:
+                mx.random.seed(self.args.seed)
+            return engine.answer(prompt, config, on_text, on_progress, **options)
+
+        if verbose:
+            return show_answers(answer, self.config, self.args.compare).text
+        return answer(self.config, lambda text: None, lambda *step: None).text

@@ -1,0 +1,133 @@
+"""The low-rank cache as mlx-lm's functions expect a cache."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import cache as mlx_cache
+from mlx_lm.models.base import create_causal_mask
+
+from xkv.backends.mlx_metal.backend import MLXBackend
+from xkv.backends.mlx_metal.model.seam import AttendingCache
+from xkv.cache import state as cache_state
+from xkv.cache.lowrank_cache import LayerCache
+from xkv.ops.types import Rope
+
+
+class XKVCache(mlx_cache._BaseCache, AttendingCache):
+    """One layer's cache, in place of mlx-lm's ``KVCache``.
+
+    ``update_and_fetch`` returns dense keys and values that MLX has not computed yet. Under
+    :func:`xkv.backends.mlx_metal.attention_seam` they never are; a model that reaches its attention
+    some other way computes them and is still right, only slower.
+    """
+
+    def __init__(self, layer: LayerCache, rope: Rope | None) -> None:
+        self.layer = layer
+        self._rope = rope
+        # weak: where the seam is not used, these arrays are computed and must not outlive the step
+        self._returned: tuple[weakref.ref, weakref.ref] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> XKVCache:
+        return XKVCache(copy.deepcopy(self.layer, memo), self._rope)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Take new tokens ``[B, n_kv_heads, L, head_dim]``; returns all tokens' keys and values."""
+        rope = None if self._rope is None else self._rope.at(self.offset + keys.shape[-2])
+        self.layer.append(keys, values, rope)
+        returned = self.layer.dense()
+        is_lazy = self.layer.is_compressed
+        self._returned = (weakref.ref(returned[0]), weakref.ref(returned[1])) if is_lazy else None
+        return returned
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """All tokens' keys and values, for layers that look at another layer's."""
+        return self.layer.dense()
+
+    def takes(self, keys: Any, values: Any) -> bool:
+        if self._returned is None:
+            return False
+        mine = keys is self._returned[0]() and values is self._returned[1]()
+        self._returned = None
+        return mine
+
+    def watch(self, queries: mx.array) -> None:
+        self.layer.watch(queries)
+
+    def attend(self, queries: mx.array, scale: float, mask: mx.array | str | None) -> mx.array:
+        """Attention from the compressed form: :meth:`xkv.cache.layer.LayerView.attend`."""
+        n_queries = queries.shape[-2]
+        if isinstance(mask, str):
+            mask = create_causal_mask(n_queries, self.offset - n_queries)
+        return self.layer.attend(queries, scale, mask)
+
+    @property
+    def offset(self) -> int:
+        """Tokens seen."""
+        return self.layer.offset
+
+    def size(self) -> int:
+        return self.layer.offset
+
+    def empty(self) -> bool:
+        return self.layer.offset == 0
+
+    def make_mask(
+        self, N: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array | str | None:
+        return mlx_cache.create_attention_mask(
+            N, offset=self.offset, return_array=return_array, window_size=window_size
+        )
+
+    @property
+    def keys(self) -> mx.array | None:
+        """Dense rows, on which a pipelined model hangs its communication (``mx.depends``)."""
+        return self.layer.rows.keys.allocated
+
+    @keys.setter
+    def keys(self, value: mx.array) -> None:
+        rows = self.layer.rows
+        self.layer.rows = rows._replace(keys=rows.keys._replace(allocated=value))
+
+    @property
+    def state(self) -> list[mx.array]:
+        """Arrays from which :meth:`from_state` makes the layer's cache again.
+
+        The first tells of the others; a group's latents are in its first layer's state.
+        """
+        return cache_state.write_layer(self.layer, self._rope)
+
+    @state.setter
+    def state(self, value: list[mx.array]) -> None:
+        self.__init__(*cache_state.read_layer(value, MLXBackend))  # type: ignore[misc]
+
+    @property
+    def meta_state(self) -> str:
+        """Part of mlx-lm's contract up to 0.31; everything is in :attr:`state`."""
+        return ""
+
+    @classmethod
+    def from_state(cls, state: list[mx.array], meta_state: Any = None) -> XKVCache:
+        """Make a layer's cache from its state; the first layer of a cache has to come first.
+
+        Raises:
+            InputError: If the state is of another version or incomplete.
+        """
+        cache = cls.__new__(cls)
+        cache.state = state
+        return cache
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held; arrays that a group shares count in its first layer."""
+        return self.layer.nbytes
+
+    def is_trimmable(self) -> bool:
+        return True
+
+    def trim(self, n: int) -> int:
+        """Forget the last ``n`` tokens, compressed ones too; returns how many there were."""
+        return self.layer.trim(n)

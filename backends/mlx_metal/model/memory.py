@@ -1,0 +1,32 @@
+"""What a prompt cache takes, in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mlx_lm.models import cache as mlx_cache
+
+from xkv.backends.mlx_metal.model.cache import XKVCache
+from xkv.backends.mlx_metal.model.prefill import flatten
+from xkv.cli.terminal import size_text
+
+
+def dense_bytes(layer: Any) -> int:
+    """What a layer's tokens take in a full cache without spare rows."""
+    if isinstance(layer, XKVCache):
+        return layer.layer.dense_bytes
+    if type(layer) is mlx_cache.KVCache and layer.keys is not None:
+        return layer.nbytes * layer.offset // layer.keys.shape[-2]
+    return layer.nbytes
+
+
+def cache_text(caches: Sequence[Any]) -> str:
+    """One line on a prompt cache, for people."""
+    layers = list(flatten(caches))
+    dense, held = sum(map(dense_bytes, layers)), sum(layer.nbytes for layer in layers)
+    tokens = max((x.offset for x in layers if hasattr(x, "offset")), default=0)
+    return (
+        f"KV cache: {tokens} tokens, {size_text(dense)} dense, {size_text(held)} held "
+        f"({dense / max(held, 1):.2f} x)"
+    )

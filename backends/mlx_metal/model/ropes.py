@@ -1,0 +1,58 @@
+"""mlx-lm's rotary embedding modules as data."""
+
+from __future__ import annotations
+
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models import rope_utils
+
+from xkv.errors import InputError
+from xkv.ops.types import DynamicNTKRope, Rope, RopeSpec
+
+
+def rope_of(module: nn.Module) -> Rope | None:
+    """What a rope module does to keys.
+
+    Args:
+        module: ``nn.RoPE``, a class of ``mlx_lm.models.rope_utils``, or a ``NoPE``.
+
+    Returns:
+        The rotation as data; None where the module leaves keys as they are.
+
+    Raises:
+        InputError: For any other class, by name.
+    """
+    kind = type(module)
+    if kind is nn.RoPE:
+        return RopeSpec.standard(module.dims, module.base, module.traditional, module.scale)
+    if kind is getattr(rope_utils, "DynamicNTKScalingRoPE", None):  # since mlx-lm 0.32
+        return DynamicNTKRope(
+            module.dims,
+            module.base,
+            module.factor,
+            module.max_position_embeddings,
+            module.traditional,
+        )
+    if kind is rope_utils.SuScaledRoPE:
+        return RopeSpec(_freqs(module), scale=float(module._scale))
+    if kind is rope_utils.YarnRoPE:
+        return RopeSpec(_freqs(module), module.traditional, float(module.mscale))
+    if kind in (rope_utils.Llama3RoPE, rope_utils.ProportionalRoPE):
+        return RopeSpec(_freqs(module), module.traditional)
+    if kind.__name__ == "NoPE":
+        return None
+    if kind.__name__ == "DynamicNTKAlphaRoPE":
+        return RopeSpec(_freqs(module))
+    raise InputError(
+        f"rotary embedding {kind.__name__} is not known, so its keys cannot be un-rotated; "
+        "use --group-size 0 to run with the full cache"
+    )
+
+
+def is_rope_name(path: str) -> bool:
+    """Whether a module at this path is, by mlx-lm's habits, a rotary embedding."""
+    return path.rsplit(".", 1)[-1] in ("rope", "rotary_emb", "rotary_pos_emb")
+
+
+def _freqs(module: nn.Module) -> tuple[float, ...]:
+    return tuple(np.array(module._freqs).astype(np.float64).tolist())

@@ -1,0 +1,213 @@
+"""What xkv adds to mlx-lm's server.
+
+Requests are served one at a time: each conversation has bases and ranks of its own, and prompts of
+a batch would all be dense at once before they are compressed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from huggingface_hub import CacheNotFound
+from mlx.utils import tree_flatten
+from mlx_lm import server as mlx_server
+
+from xkv.backends.mlx_metal.cli.commands import Command, run
+from xkv.backends.mlx_metal.model.enable import disable, enabled_state
+from xkv.backends.mlx_metal.server.budget import PromptCache, RequestBytes
+from xkv.backends.mlx_metal.server.handler import ClientGone, Handler, RequestError, error_text
+from xkv.errors import InputError
+
+
+def run_server(argv: Sequence[str] | None = None) -> None:
+    """mlx-lm's server over compressed caches."""
+    run("server", argv, command=Server())
+
+
+class Server(Command):
+    """mlx-lm's server, which keeps to its memory and answers every request."""
+
+    def take(self, args: argparse.Namespace) -> None:
+        super().take(args)
+        # mlx-lm's own call does nothing when there is a handler already
+        logging.basicConfig(
+            level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s", force=True
+        )
+
+    def replacements(self, module: Any) -> dict[str, Any]:
+        return {
+            **super().replacements(module),
+            "LRUPromptCache": lambda size: PromptCache(size, self.args.prompt_cache_bytes),
+            "ModelProvider": lambda args: Models(args, self),
+            "ResponseGenerator": Generator,
+            "_run_http_server": _serving(module._run_http_server),
+            "scan_cache_dir": _scanning(module.scan_cache_dir),
+        }
+
+
+def _serving(original: Callable[..., None]) -> Callable[..., None]:
+    """``_run_http_server`` with our handler, once the model is loaded."""
+
+    def _run_http_server(host: str, port: int, generator: Generator) -> None:
+        try:
+            generator.wait_until_loaded()
+            original(host, port, generator, handler_class=Handler)
+        except OSError as error:
+            raise InputError(
+                f"cannot listen on {host}:{port}: {error}; try another --port"
+            ) from error
+        finally:
+            generator.stop_and_join()
+
+    return _run_http_server
+
+
+def _scanning(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``scan_cache_dir``, where there may be no cache: mlx-lm would drop the connection."""
+
+    def scan_cache_dir() -> Any:
+        try:
+            return original()
+        except CacheNotFound:
+            return SimpleNamespace(repos=[])
+
+    return scan_cache_dir
+
+
+class Models(mlx_server.ModelProvider):
+    """mlx-lm's models, of which ours lets go together with it."""
+
+    def __init__(self, args: argparse.Namespace, command: Server) -> None:
+        super().__init__(args)
+        self._command = command
+
+    def _load(self, *args: Any) -> None:
+        while self._command.models:
+            disable(self._command.models.pop())
+        # before the next one is loaded; mlx-lm up to 0.31 leaves it to Python's collector
+        self.model_key = self.model = self.tokenizer = self.draft_model = None
+        gc.collect()
+        super()._load(*args)
+
+    def load(self, model_path: str, *args: Any) -> Any:
+        try:
+            return super().load(model_path, *args)
+        except Exception as error:
+            raise RequestError(404, str(error), "model_not_found") from error
+
+
+class _Answers:
+    """The queue of one request's answers, which ends a prefill that nobody waits for."""
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+        self.context: Any = None
+        self.has_failed = False
+
+    def put(self, item: Any) -> None:
+        if isinstance(item, mlx_server.GenerationContext):
+            self.context = item
+        elif isinstance(item, tuple) and self.context is not None and self.context._should_stop:
+            raise ClientGone("the client is gone")
+        elif isinstance(item, Exception):
+            self.has_failed = True
+            if not isinstance(item, (RequestError, ClientGone)):
+                logging.error("the generation stopped", exc_info=item)
+            _forget_frames(item)
+        self._queue.put(item)
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what the functions that an error came through held, caches among them."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
+
+
+class Generator(mlx_server.ResponseGenerator):
+    """mlx-lm's generation thread, which refuses what does not fit before it is computed."""
+
+    prompt_cache: PromptCache
+
+    def __init__(self, model_provider: Models, prompt_cache: PromptCache) -> None:
+        self._is_ready = threading.Event()
+        self._load_error: Exception | None = None
+        super().__init__(model_provider, prompt_cache)
+
+    def wait_until_loaded(self) -> None:
+        """Wait for the model of the command line.
+
+        Raises:
+            InputError: If it cannot be loaded.
+        """
+        self._is_ready.wait()
+        if self._load_error is not None:
+            raise InputError(str(self._load_error)) from self._load_error
+
+    def _generate(self) -> None:
+        try:
+            self.model_provider.load_default()
+        except Exception as error:
+            self._load_error = error
+            return
+        finally:
+            self._is_ready.set()
+        super()._generate()
+
+    def _serve_single(self, request: Any, *args: Any) -> None:
+        queue, *others = request
+        answers = _Answers(queue)
+        super()._serve_single((answers, *others), *args)
+        if answers.has_failed and answers.context is not None:
+            # the layers of its cache, which is of no use, hold each other
+            gc.collect()
+        self.prompt_cache.reserved = RequestBytes()
+
+    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        try:
+            tokenized = super()._tokenize(tokenizer, request, args)
+        except Exception as error:
+            message = f"the prompt cannot be made into tokens: {error_text(error)}"
+            raise RequestError(400, message) from error
+        prompt = tokenized[0]
+        if not len(prompt):
+            raise RequestError(400, "the prompt is empty")
+        self.prompt_cache.reserved = self._admit(len(prompt), args.max_tokens)
+        return tokenized
+
+    def _admit(self, n_prompt: int, n_answer: int) -> RequestBytes:
+        """What a request takes; raises if there is no room for it."""
+        provider, need = self.model_provider, RequestBytes()
+        for model in (provider.model, provider.draft_model):
+            enabled = None if model is None else enabled_state(model)
+            if enabled is not None:
+                is_layerwise = provider.draft_model is None
+                need += RequestBytes.of(enabled, n_prompt, n_answer, is_layerwise)
+        why_not = self.prompt_cache.why_not(need)
+        if why_not is not None:
+            raise RequestError(
+                400,
+                f"The request ({n_prompt} tokens and up to {n_answer} in the answer) does not "
+                f"fit: {why_not}. Shorten the messages or lower max_tokens.",
+                "context_length_exceeded",
+            )
+        return need
+
+    def _make_state_machine(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super()._make_state_machine(*args, **kwargs)
+        except Exception as error:
+            raise RequestError(400, f"stop must be strings: {error_text(error)}") from error
+
+    def memory(self) -> dict[str, Any]:
+        """What ``GET /xkv/memory`` answers."""
+        models: Any = (self.model_provider.model, self.model_provider.draft_model)
+        weights: list[Any] = [tree_flatten(model.parameters()) for model in models if model]
+        model_bytes = sum(x.nbytes for parameters in weights for _, x in parameters)
+        return {**self.prompt_cache.report(), "model_bytes": model_bytes}

@@ -1,0 +1,1 @@
+"""transformers' models with compressed caches."""

@@ -1,0 +1,169 @@
+"""Decode steps of constant shapes over a compressed cache, on CUDA each the replay of one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from xkv.backends.torch_cuda.model.attention import AttendingLayer
+from xkv.backends.torch_cuda.model.cache import XKVCache
+from xkv.backends.torch_cuda.model.cache_layer import XKVLayer
+from xkv.backends.torch_cuda.model.probe import cache_argument
+from xkv.cache.lowrank_cache import LayerCache
+from xkv.errors import InputError
+
+Run = Callable[[], torch.Tensor]
+
+
+class Decoder:
+    """One token after the other; see :func:`xkv.torch_decoder`.
+
+    Between two folds of the tail nothing of a compressed cache changes but the rows behind it. They
+    are written into buffers with room for all of them, at a position that the device counts, so
+    that a step can be recorded once and replayed. The step in which the tail may be folded runs
+    as it would without a decoder; so does every step while the prompt is not compressed. A graph
+    keeps the memory of its step: where plain operations run, a layer's rebuilt keys too.
+
+    Args:
+        model: The cache's model.
+        cache: After its prompt.
+        record: Makes of a step a function that repeats it on the same memory.
+
+    Raises:
+        InputError: If some rows of the cache grow by copying.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: XKVCache,
+        record: Callable[[Run], Run] | None = None,
+    ) -> None:
+        for index, layer in enumerate(cache.layers):
+            if not isinstance(layer, XKVLayer) or layer.returns_rows:
+                raise InputError(
+                    "steps of constant shapes need every layer's rows in the compressed cache; "
+                    f"those of layer {index} are not, or are rebuilt for the model in every step"
+                )
+        if cache.padding.is_token is not None:
+            raise InputError("steps of constant shapes do not take batches with padding")
+        self.model, self.cache = model, cache
+        self._record = record or (_record_graph if model.device.type == "cuda" else lambda run: run)
+        self._argument = cache_argument(model)
+        self._parts: list[LayerCache] = [layer.parts[0] for layer in cache.layers]
+        self._n_new = torch.zeros(1, dtype=torch.int64, device=model.device)
+        """Rows that the device has written behind those that the recorded step counts on."""
+        self._view = Cache(layers=[_StaticLayer(part, self._n_new) for part in self._parts])
+        self._steps_left = 0
+        self._n_seen = 0
+        self._buffer: torch.Tensor | None = None
+        self._is_warm = False
+        self._replay: Run | None = None
+
+    @torch.inference_mode()
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits ``[B, vocabulary]`` after tokens ``[B, 1]``; the next step may overwrite them."""
+        if not self._steps_left or self._was_used_otherwise():
+            logits = self._call(tokens, self.cache)
+            self._begin(tokens)
+            return logits
+        self._tokens.copy_(tokens)
+        self._positions += 1
+        self._n_new += 1
+        if self._is_warm:
+            self._replay = self._replay or self._record(self._step)
+            logits = self._replay()
+        else:
+            # kernels are compiled, and checked, before anything is recorded
+            logits = self._step()
+            self._is_warm = True
+            self._n_new.zero_()
+        for layer, part in zip(self.cache.layers, self._parts, strict=True):
+            layer.n_rows += 1
+            part.count_step(None if layer.rope is None else layer.rope.at(part.offset + 1))
+        self._steps_left -= 1
+        self._n_seen += 1
+        return logits
+
+    def _was_used_otherwise(self) -> bool:
+        """Whether the cache has other rows, or other buffers, than this decoder left."""
+        first = self._parts[0]
+        return first.offset != self._n_seen or first.rows.keys.allocated is not self._buffer
+
+    def _begin(self, tokens: torch.Tensor) -> None:
+        """Make room for the steps up to the next fold."""
+        self._replay, self._is_warm, self._steps_left = None, False, 0
+        if not all(part.is_compressed for part in self._parts):
+            return
+        config = self.cache.sequences[0].config
+        first = self._parts[0]
+        self._steps_left = max(
+            min(config.max_tail + config.window_at(x.offset) - x.rows.n_tail for x in self._parts),
+            0,
+        )
+        for part in self._parts:
+            part.rows = part.rows.with_room(self.cache.backend, self._steps_left)
+        self._tokens = torch.empty_like(tokens)
+        self._positions = torch.full_like(tokens, first.offset - 1)
+        self._n_new.zero_()
+        self._n_seen, self._buffer = first.offset, first.rows.keys.allocated
+
+    def _step(self) -> torch.Tensor:
+        return self._call(self._tokens, self._view, position_ids=self._positions)
+
+    def _call(self, tokens: torch.Tensor, cache: Cache, **options: Any) -> torch.Tensor:
+        options |= {"use_cache": True, "logits_to_keep": 1, self._argument: cache}
+        return self.model(input_ids=tokens, **options).logits[:, -1]
+
+
+class _StaticLayer(CacheLayerMixin, AttendingLayer):
+    """One layer's cache while its buffers are written at a position that the device counts."""
+
+    is_sliding = False
+
+    def __init__(self, part: LayerCache, n_new: torch.Tensor) -> None:
+        super().__init__()
+        self.part, self.n_new = part, n_new
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        pass
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
+        mine = self.part.rows
+        for buffer, rows in ((mine.keys, key_states), (mine.values, value_states)):
+            assert buffer.allocated is not None
+            buffer.allocated.index_copy_(-2, self.n_new + (buffer.n_rows - 1), rows)
+        return self, self
+
+    def attend(self, queries: torch.Tensor, scale: float) -> torch.Tensor:
+        budget = self.part.cache.config.budget
+        return self.part.view.attend_step(queries, scale, budget, self.n_new)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.part.offset + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.part.offset
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+def _record_graph(run: Run) -> Run:
+    """A CUDA graph of a step; recording computes nothing."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return output
+
+    return replay

@@ -1,0 +1,48 @@
+"""``scripts/bench_gpu.py`` prints its whole table without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "scripts/bench_gpu.py", "--device", "cpu", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+@pytest.mark.parametrize("replay", [[], ["--replay"]])
+def test_tiny_run_prints_and_writes_every_row(tmp_path, replay):
+    arguments = ["--lengths", "600", "--steps", "4", "--runs", "2", *replay]
+    done = run("--tiny", *arguments, "--out", str(tmp_path / "gpu"))
+    assert done.returncode == 0, done.stderr
+    about = json.loads((tmp_path / "gpu.json").read_text())
+    rows = [(row["form"], row["batch"]) for row in about["rows"]]
+    forms = ("full", "dense low-rank", "selective")
+    assert rows == [(form, batch) for form in forms for batch in (1, 2)]
+    assert all(row["tokens_per_s"] > 0 and row["held_bytes"] > 0 for row in about["rows"])
+    held = {(row["form"], row["batch"]): row["held_bytes"] for row in about["rows"]}
+    assert held["full", 1] > 2 * held["selective", 1] > 2 * held["dense low-rank", 1]
+    ours, exact, _ = about["factorizations"]
+    assert exact["over_exact"] == 0 and 0 <= ours["over_exact"] < 0.01
+    table = (tmp_path / "gpu.md").read_text()
+    assert table.count("\n| 600 |") == 6 and "| torch.svd_lowrank |" in table
+    assert all(line in done.stdout for line in table.splitlines()[2:])
+
+
+def test_prompt_too_short_to_compress_is_one_sentence():
+    done = run("--tiny", "--lengths", "20", "--steps", "2", "--runs", "2")
+    assert done.returncode == 1
+    assert done.stderr.strip().startswith("error: 20 tokens are too few: kept dense")

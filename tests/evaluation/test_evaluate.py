@@ -1,0 +1,381 @@
+"""``python -m xkv.evaluate``: what it measures is what the model says, and a run can go on."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import make_prompt_cache as make_native_cache
+
+from tests.tiny_models import ARCHITECTURES, write_checkpoint
+from xkv import InputError, XKVConfig, evaluate
+from xkv.backends.mlx_metal import attention_seam, make_prompt_cache
+from xkv.checks.tolerances import relative_error
+from xkv.evaluation.run import ROOM, Evaluation, make_settings
+from xkv.evaluation.store import RESULTS, Key, Store
+from xkv.evaluation.summary import Cell, collect, csv_text, markdown, rows_of
+from xkv.evaluation.tasks import TASKS
+from xkv.planning.language_model import load_language_model
+from xkv.tiny import CHECKPOINT_DIR
+
+LENGTH = 500
+
+
+@pytest.fixture(scope="module", params=["mlx", "torch"])
+def model(request):
+    return load_language_model(request.param, str(CHECKPOINT_DIR))
+
+
+@pytest.fixture(scope="module")
+def mlx_model():
+    return load_language_model("mlx", str(CHECKPOINT_DIR))
+
+
+def run(model, folder, tasks=("multikey",), methods=(), n_questions=4, ratios=(2.0,)):
+    """Results of a small evaluation, by method."""
+    evaluation = Evaluation(
+        model,
+        {task: TASKS[task] for task in tasks},
+        [LENGTH],
+        make_settings(methods, ratios),
+        n_questions,
+        evaluate.FIRST_SEED,
+    )
+    with Store(str(folder), {"model": "tiny"}) as store:
+        evaluation.run(store, lambda n, what: None)
+        return {line["method"]: line for line in store.lines()}
+
+
+def greedy(model, tokens, n_tokens):
+    """The ordinary greedy continuation by mlx-lm, to the end token."""
+    answer = []
+    for token, _ in generate_step(mx.array(tokens), model.model, max_tokens=n_tokens):
+        if token in model.end_tokens:
+            break
+        answer.append(token)
+    return model.decode(answer)
+
+
+def test_full_cache_says_what_the_model_says(mlx_model, model, tmp_path):
+    """Both backends' batched answers over 16-bit rows are mlx-lm's own, question by question."""
+    sample = TASKS["multikey"](evaluate.FIRST_SEED, LENGTH, model.count)
+    context = model.context_tokens(sample.context)
+    answers = run(model, tmp_path)["full"]["answers"]
+    assert len(answers) == 4
+    for question, answer in zip(sample.questions, answers, strict=False):
+        tokens = context + model.question_tokens(question.text, question.prefix)
+        said = greedy(mlx_model, tokens, model.count(question.answer) + ROOM)
+        assert said == answer["prediction"]
+        assert answer["score"] == question.score(said)
+
+
+def test_random_keys_score_near_zero_and_the_full_cache_does_not(model, tmp_path):
+    results = run(model, tmp_path, methods=["random"], n_questions=8)
+    scores = {
+        name: np.mean([answer["score"] for answer in line["answers"]])
+        for name, line in results.items()
+    }
+    assert scores["full"] >= 0.75
+    assert scores["random"] <= 0.125
+
+
+@pytest.mark.parametrize("task", ["needle", "multivalue", "multiquery", "variables", "qa"])
+def test_bundled_model_can_do_the_task(mlx_model, task, tmp_path):
+    answers = run(mlx_model, tmp_path, (task,), n_questions=6)["full"]["answers"]
+    assert np.mean([answer["score"] for answer in answers]) > 0.8
+
+
+@pytest.mark.parametrize("attention", ["dense", "selective"])
+def test_batched_answers_are_those_of_the_real_cache(mlx_model, attention):
+    """A method's rows and batches against the project's own cache, token by token."""
+    options = {"compression": 2.0, "group_size": 4, "attention": attention}
+    if attention == "selective":
+        options |= {"budget": 64, "chunk_size": 2, "landmark_bits": 16}
+    (setting,) = make_settings([f"xkv:{','.join(f'{k}={v}' for k, v in options.items())}"], [])[1:]
+    sample = TASKS["multikey"](evaluate.FIRST_SEED + 1, LENGTH, mlx_model.count)
+    tokens = mlx_model.context_tokens(sample.context)
+    document = mlx_model.prefill(tokens, 0)
+    questions = [mlx_model.question_tokens(q.text, q.prefix) for q in sample.questions]
+    compressed = setting.method.compress(document, None)
+    batched = mlx_model.generate(questions, compressed.start(), 6)
+    for question, answer in zip(questions, batched, strict=True):
+        cache = make_prompt_cache(mlx_model.model, XKVConfig(**options))
+        for layer, keys, values in zip(cache, document.keys, document.values, strict=True):
+            layer.update_and_fetch(keys.astype(mx.float32), values.astype(mx.float32))
+        cache[0].layer.cache.settle()
+        cache[4].layer.settle()
+        assert all(layer.layer.is_compressed for layer in cache)
+        assert (cache[0].layer.landmarks is not None) == (attention == "selective")
+        with attention_seam():
+            real, x = [], mx.array([question])
+            for _ in range(6):
+                x = mx.argmax(mlx_model.model(x, cache=cache)[:, -1:], axis=-1)
+                if x.item() in mlx_model.end_tokens:
+                    break
+                real.append(x.item())
+        assert real == answer
+
+
+def test_backends_agree(mlx_model, tmp_path):
+    methods = ["xkv", "quantized:bits=4", "snapkv"]
+    torch_model = load_language_model("torch", str(CHECKPOINT_DIR))
+    mine, reference = (
+        run(model, tmp_path / name, ("multikey", "multiturn", "ppl"), methods, n_questions=2)
+        for name, model in (("mlx", mlx_model), ("torch", torch_model))
+    )
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / RESULTS).read_text().splitlines()]
+        for name in ("mlx", "torch")
+    ]
+    assert mine.keys() == reference.keys()
+    for a, b in zip(*lines, strict=True):
+        assert a["held_bytes"] == pytest.approx(b["held_bytes"], rel=1e-3)
+        if "nll" in a:
+            assert a["nll"] == pytest.approx(b["nll"], abs=2e-3)
+            assert a["kl"] == pytest.approx(b["kl"], abs=2e-3)
+        else:
+            assert [x["prediction"] for x in a["answers"]] == [
+                x["prediction"] for x in b["answers"]
+            ]
+
+
+@pytest.mark.parametrize("name", ["llama-yarn", "qwen3", "phi3-su", "gemma"])
+def test_other_architectures_answer_as_in_mlx_lm(name, tmp_path):
+    """At full rank, so that inverse rotations and the methods' rows are exact too."""
+    path = write_checkpoint(tmp_path / "model", ARCHITECTURES[name])
+    random_model = load_language_model("mlx", str(path))
+    exact = "xkv:rank_k=full,rank_v=full,window=16,group_size=2"
+    results = run(random_model, tmp_path / "out", methods=[exact])
+    sample = TASKS["multikey"](evaluate.FIRST_SEED, LENGTH, random_model.count)
+    tokens = random_model.context_tokens(sample.context)
+    for i, question in enumerate(sample.questions[:2]):
+        asked = random_model.question_tokens(question.text, question.prefix)
+        want = greedy(random_model, tokens + asked, random_model.count(question.answer) + ROOM)
+        for method in ("full", exact):
+            assert results[method]["answers"][i]["prediction"] == want
+
+
+def test_ropes_that_change_with_the_length_are_undone_call_by_call(tmp_path):
+    path = write_checkpoint(tmp_path, ARCHITECTURES["llama-dynamic"])
+    random_model = load_language_model("mlx", str(path))
+    document = random_model.prefill(list(range(300, 1000)), 0)
+    assert len(document.rope_runs(0)) == len(document.call_ends) == 2
+    (setting,) = make_settings(["xkv:rank_k=full,rank_v=full,window=16,group_size=1"], [])[1:]
+    layers = setting.method.compress(document, None).start()
+    for layer, keys in zip(layers, document.keys, strict=True):
+        assert relative_error(np.array(layer.prefix_keys), np.array(keys)) < 1e-5
+
+
+def test_models_whose_attention_is_out_of_reach_are_refused(tmp_path):
+    path = write_checkpoint(tmp_path, ARCHITECTURES["gemma2"])
+    with pytest.raises(InputError, match="gemma2 cannot be evaluated: all layers must have"):
+        load_language_model("mlx", str(path))
+
+
+def test_rows_are_held_in_the_checkpoints_dtype(model):
+    assert str(model.kv_dtype).endswith("float16")
+    assert str(model.dtype).endswith("float32")
+    document = model.prefill(model.encode("Time passed."), 0)
+    assert document.dense_bytes == document.n_tokens * 8 * 2 * 2 * 64 * 2
+
+
+def test_conversation_is_the_one_that_mlx_lm_has(mlx_model, tmp_path):
+    sample = TASKS["multiturn"](evaluate.FIRST_SEED, LENGTH, mlx_model.count)
+    answers = run(mlx_model, tmp_path, ("multiturn",))["full"]["answers"]
+    cache = make_native_cache(mlx_model.model)
+    tokens = mlx_model.context_tokens(sample.context)
+    for turn, (message, question) in enumerate(zip(sample.messages, sample.questions, strict=True)):
+        tokens += mlx_model.question_tokens(question.text, question.prefix, message, turn)
+        reply = []
+        for token, _ in generate_step(
+            mx.array(tokens), mlx_model.model, prompt_cache=cache, max_tokens=24
+        ):
+            if token in mlx_model.end_tokens:
+                break
+            reply.append(token)
+        assert mlx_model.decode(reply) == answers[turn]["prediction"]
+        tokens = []
+
+
+def test_turns_of_a_conversation_are_compressed_too(mlx_model, tmp_path):
+    lines = run(mlx_model, tmp_path, ("multiturn",), ["xkv:compression=2,window=16,max_tail=16"])
+    line = lines["xkv:compression=2,window=16,max_tail=16"]
+    assert line["dense_bytes"] > 1.5 * line["tokens"] * 8 * 2 * 2 * 64 * 2
+    assert line["dense_bytes"] / line["held_bytes"] > 1.8
+
+
+def test_perplexity_is_that_of_the_whole_text(mlx_model, tmp_path):
+    sample = TASKS["ppl"](evaluate.FIRST_SEED, LENGTH, mlx_model.count)
+    line = run(mlx_model, tmp_path, ("ppl",), ["xkv", "random"], n_questions=1)
+    tokens = mlx_model.context_tokens(sample.context)
+    rest = mlx_model.encode(sample.continuation)
+    logits = mlx_model.model(mx.array([tokens + rest]))[0, len(tokens) : -1]
+    losses = (
+        mx.logsumexp(logits, -1) - mx.take_along_axis(logits, mx.array(rest[1:])[:, None], -1)[:, 0]
+    )
+    assert line["full"]["nll"] == pytest.approx(losses.mean().item(), abs=1e-3)
+    assert line["full"]["kl"] == 0
+    assert 0 < line["xkv"]["kl"] < line["random"]["kl"]
+
+
+def test_interrupted_run_goes_on_without_repeating(mlx_model, tmp_path, monkeypatch):
+    prefills = []
+    original = type(mlx_model).prefill
+
+    def prefill(self, tokens, seed):
+        prefills.append(seed)
+        if len(prefills) == 3:
+            raise KeyboardInterrupt
+        return original(self, tokens, seed)
+
+    monkeypatch.setattr(type(mlx_model), "prefill", prefill)
+    with pytest.raises(KeyboardInterrupt):
+        run(mlx_model, tmp_path, ("needle",), ["rotating"], n_questions=12)
+    before = (tmp_path / RESULTS).read_text()
+    assert len(before.splitlines()) == 4
+    run(mlx_model, tmp_path, ("needle",), ["rotating"], n_questions=12)
+    after = (tmp_path / RESULTS).read_text()
+    assert after.startswith(before)
+    assert len(after.splitlines()) == 8
+    seeds = [evaluate.FIRST_SEED + i for i in (0, 1, 2, 2, 3)]
+    assert prefills == seeds
+
+
+def test_more_questions_complete_the_last_document(mlx_model, tmp_path):
+    for n_questions in (2, 5):
+        run(mlx_model, tmp_path, ("needle",), ["rotating"], n_questions=n_questions)
+        with Store(str(tmp_path), {"model": "tiny"}) as store:
+            assert {len(cell.scores) for cell in collect(store.results())} == {n_questions}
+
+
+def test_killed_process_resumes(tmp_path):
+    command = [sys.executable, "-m", "xkv.evaluate", "--tasks", "needle", "--lengths", "300"]
+    command += ["--methods", "rotating", "--ratios", "2", "--samples", "30", "--out", str(tmp_path)]
+    results = tmp_path / RESULTS
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not results.exists() or results.read_text().count("\n") < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    # as a kill in the middle of a write would leave it
+    whole = results.read_text()
+    results.write_text(whole + whole[:50])
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    after = results.read_text()
+    assert after.startswith(whole)
+    keys = [tuple(json.loads(line)[name] for name in Key._fields) for line in after.splitlines()]
+    assert len(keys) == len(set(keys)) == 20
+    assert "30 questions a cell" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "results.jsonl",
+        "run.json",
+        "summary.csv",
+        "summary.md",
+        "summary.png",
+    }
+
+
+def test_a_folder_keeps_to_one_run(tmp_path):
+    Store(str(tmp_path), {"model": "a"}).close()
+    with pytest.raises(InputError, match=r"results of another run: model a \(now b\)"):
+        Store(str(tmp_path), {"model": "b"})
+
+
+def test_full_disk_is_one_sentence_and_keeps_what_was_done(tmp_path):
+    with Store(str(tmp_path), {}) as store:
+        store.add(Key("needle", 1, 1, "full", None), {"answers": []})
+        store._file.close()
+        store._file = open("/dev/full", "w")  # noqa: SIM115
+        with pytest.raises(InputError, match="No space left on device; what was done"):
+            store.add(Key("needle", 1, 2, "full", None), {"answers": []})
+        store._file = open(os.devnull, "w")  # noqa: SIM115
+    with Store(str(tmp_path), {}) as store:
+        assert store.is_done(Key("needle", 1, 1, "full", None), 0)
+        assert not store.is_done(Key("needle", 1, 2, "full", None), 0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--tasks", "riddles"], "there is no task 'riddles'"),
+        (["--methods", "magic"], "method 'magic' is unknown"),
+        (["--methods", "xkv:colour=3"], "has no option 'colour'"),
+        (["--samples", "0"], "--samples 0 must be at least 1"),
+        (["--ratios", "1"], "--ratios 1 must be above 1"),
+        (["--lengths", "0"], "--lengths 0 must be at least 1"),
+        (["--questions", "q.jsonl"], "give --text"),
+        (["--text", "t.txt", "--tasks", "qa"], "needs --questions"),
+        (["--text", "/nowhere", "--tasks", "ppl"], "cannot read /nowhere"),
+        (["--model", "/nowhere/at/all"], "neither a directory nor a repository"),
+        (["--out", "/proc/nowhere"], "cannot write to /proc/nowhere"),
+        (["--tasks", "needle", "--lengths", "20"], "a length of 20 tokens is too short"),
+    ],
+)
+def test_mistakes_are_one_sentence(flags, sentence, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main(["--out", str(tmp_path / "out"), *flags])
+    assert ended.value.code == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(error) == 1 and sentence in error[0]
+
+
+def make_line(task, method, ratio, scores, held=50, **more):
+    answers = [{"score": score} for score in scores]
+    base = {"task": task, "length": 1000, "seed": 1, "method": method, "ratio": ratio}
+    return {**base, "dense_bytes": 100, "held_bytes": held, "answers": answers, **more}
+
+
+def test_summary_counts_what_the_full_cache_can_do():
+    lines = [
+        make_line("needle", "full", None, [1, 1, 1, 1], held=100),
+        make_line("common_words", "full", None, [0.5, 0.7], held=100),
+        make_line("needle", "xkv", 2.0, [1, 0]),
+        make_line("needle", "xkv", 2.0, [1, 0]),
+        make_line("common_words", "xkv", 2.0, [0, 0]),
+        {**make_line("needle", "svd", 2.0, []), "problem": "kept dense: too short"},
+    ]
+    cells = collect(lines)
+    full, mine, svd = rows_of(cells, 1000)
+    assert full.counted == ("needle",)
+    assert (full.mean, mine.mean, mine.held_ratio) == (1.0, 0.5, 2.0)
+    assert not svd.done
+    text = markdown(cells)
+    assert "common_words *" in text and "**50.0%** ±35.0" in text
+    assert "svd at 2x: kept dense: too short" in text
+    header, *rows = (line.split(",") for line in csv_text(cells).splitlines())
+    table = [dict(zip(header, row, strict=True)) for row in rows]
+    assert [row["n"] for row in table] == ["4", "2", "4", "2", "0"]
+    assert float(table[2]["score"]) == 0.5 and float(table[2]["held_ratio"]) == 2
+
+
+def test_interval_is_wilsons():
+    cell = Cell("needle", 1000, "xkv", 4.0, scores=[1.0] * 81 + [0.0] * 182)
+    # Newcombe, Statistics in Medicine 17 (1998), table I: 81 of 263
+    assert cell.interval == pytest.approx((0.2553, 0.3662), abs=5e-5)
+
+
+def test_question_aware_methods_say_so():
+    text = markdown(
+        collect(
+            [make_line("needle", "full", None, [1]), make_line("needle", "snapkv-query", 4.0, [1])]
+        )
+    )
+    assert "snapkv-query at 4x (sees the question)" in text
+
+
+def test_perplexity_table_shows_the_mean():
+    lines = [
+        make_line("ppl", "full", None, [], nll=1.0, kl=0.0),
+        make_line("ppl", "full", None, [], nll=3.0, kl=0.0),
+        make_line("ppl", "xkv", 2.0, [], nll=2.0, kl=0.25),
+    ]
+    text = markdown(collect(lines))
+    assert f"{math.exp(2):.3f}" in text and "0.25000" in text

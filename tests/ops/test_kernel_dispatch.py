@@ -1,0 +1,179 @@
+"""The choice between a kernel and its plain twin: what runs, what is said, and how often."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+import xkv
+from tests.mlx_metal.test_metal_chunk_scores import make_inputs as make_chunk_inputs
+from xkv.backends.mlx_metal.backend import MLXBackend
+from xkv.backends.mlx_metal.kernels import chunk_scores, common
+from xkv.checks.decode_cases import CASES, CHUNK_SIZE, make_inputs
+from xkv.ops.kernels import KernelDispatch
+
+pytest_plugins = ["tests.metal_device"]
+
+NO_DEVICE = "there is no device"
+
+
+class Doubling:
+    """A kernel for :func:`double` that does what it is told."""
+
+    name = "doubling"
+
+    def __init__(self, factor: float = 2, reason: str | None = None, error: str | None = None):
+        self.factor, self.reason, self.error = factor, reason, error
+        self.n_calls = 0
+
+    def why_not(self, x: mx.array) -> str | None:
+        return self.reason
+
+    def sample(self, backend: xkv.ops.backend.Backend, x: mx.array) -> tuple[Any, ...]:
+        return (backend.normal((8,), 0).astype(x.dtype),)
+
+    def check_key(self, x: mx.array) -> tuple[Any, ...]:
+        return (common.dtype_name(x),)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self.n_calls += 1
+        if self.error:
+            raise RuntimeError(self.error)
+        return x * self.factor
+
+
+def double(x: mx.array) -> mx.array:
+    return x + x
+
+
+def run_twice(kernel: Doubling, mode: str = "auto") -> tuple[list[float], str]:
+    """The last result, and the path it took."""
+    dispatch = KernelDispatch(MLXBackend(kernels="off"), mode)
+    for _ in range(2):
+        result = dispatch.run("double", kernel, double, mx.array([1.0, 3.0]))
+    return result.tolist(), dispatch.last_path["double"]
+
+
+@pytest.mark.parametrize("mode", ["auto", "on"])
+def test_kernel_that_agrees_runs_and_is_checked_once(mode, caplog):
+    kernel = Doubling()
+    assert run_twice(kernel, mode) == ([2.0, 6.0], "doubling")
+    assert kernel.n_calls == 3
+    assert not caplog.records
+
+
+def test_kernel_is_checked_again_for_another_dtype():
+    kernel, dispatch = Doubling(), KernelDispatch(MLXBackend(kernels="off"))
+    for dtype in (mx.float32, mx.float16, mx.float32):
+        dispatch.run("double", kernel, double, mx.zeros(4, dtype))
+    assert kernel.n_calls == 5
+
+
+FAILING = {
+    "cannot run": (Doubling(reason="the array is too odd"), "the array is too odd"),
+    "does not compile": (
+        Doubling(error="program_source:3: unknown type"),
+        "doubling failed: program_source:3: unknown type",
+    ),
+    "disagrees": (Doubling(factor=2.1), "disagrees with its plain twin .* 5.0e-02, allowed 1e-04"),
+    "is not finite": (Doubling(factor=float("nan")), "disagrees with its plain twin"),
+}
+
+
+@pytest.mark.parametrize(("kernel", "sentence"), FAILING.values(), ids=FAILING)
+def test_auto_falls_back_and_tells_once(kernel, sentence, caplog):
+    assert run_twice(kernel) == ([2.0, 6.0], "plain")
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert re.search(sentence, record.getMessage())
+
+
+@pytest.mark.parametrize(("kernel", "sentence"), FAILING.values(), ids=FAILING)
+def test_on_raises_with_the_sentence(kernel, sentence):
+    with pytest.raises(xkv.InputError, match=f"kernel doubling cannot run: .*{sentence}"):
+        run_twice(kernel, "on")
+
+
+def test_off_runs_the_twin_in_silence(caplog):
+    kernel = Doubling(reason="the array is too odd")
+    assert run_twice(kernel, "off") == ([2.0, 6.0], "plain")
+    assert kernel.n_calls == 0
+    assert not caplog.records
+
+
+def test_device_is_asked_before_the_kernel(caplog):
+    dispatch = KernelDispatch(MLXBackend(kernels="off"), "auto", lambda: NO_DEVICE)
+    for reason in ("one reason", "another reason"):
+        dispatch.run("double", Doubling(reason=reason), double, mx.zeros(4))
+    assert [NO_DEVICE in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_unknown_mode_is_refused():
+    with pytest.raises(xkv.InputError, match="'auto', 'on' or 'off'"):
+        MLXBackend(kernels="maybe")
+
+
+def run_every_operation(backend: MLXBackend) -> None:
+    inputs = make_inputs(backend, CASES[0], "float32")
+    rows = backend.positions(0, CHUNK_SIZE)[None, None]
+    backend.reconstruct_rows(inputs.segment, mx.repeat(rows, CASES[0].n_kv_heads, axis=1))
+    backend.chunk_scores(*make_chunk_inputs(8))
+    attended = inputs.keys, inputs.values, inputs.scale
+    backend.lowrank_attention(inputs.queries, inputs.segment, *attended)
+    backend.selected_attention(inputs.queries, inputs.segment, inputs.chunks, CHUNK_SIZE, *attended)
+
+
+OPERATIONS = ["chunk_scores", "lowrank_attention", "reconstruct_rows", "selected_attention"]
+
+
+def test_missing_device_is_told_once_for_all_operations(monkeypatch, caplog):
+    monkeypatch.setattr(common, "device_problem", lambda: NO_DEVICE)
+    backend = xkv.load_backend("mlx")
+    run_every_operation(backend)
+    assert backend.kernels.last_path == dict.fromkeys(OPERATIONS, "plain")
+    assert [NO_DEVICE in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_missing_device_raises_where_kernels_must_run(monkeypatch):
+    monkeypatch.setattr(common, "device_problem", lambda: NO_DEVICE)
+    with pytest.raises(xkv.InputError, match=f"reconstruct_rows cannot run: {NO_DEVICE}"):
+        run_every_operation(xkv.load_backend("mlx", kernels="on"))
+
+
+def test_missing_device_is_not_told_where_kernels_are_off(monkeypatch, caplog):
+    monkeypatch.setattr(common, "device_problem", lambda: NO_DEVICE)
+    backend = xkv.load_backend("mlx", kernels="off")
+    run_every_operation(backend)
+    assert backend.kernels.last_path == dict.fromkeys(OPERATIONS, "plain")
+    assert not caplog.records
+
+
+def test_every_operation_has_a_metal_kernel(metal):
+    run_every_operation(metal)
+    assert metal.kernels.last_path == {name: name for name in OPERATIONS}
+
+
+def test_compiler_error_is_told_in_its_own_words(metal, monkeypatch, caplog):
+    monkeypatch.setattr(chunk_scores, "PRODUCTS", "no_such_type x = thread_position_in_grid.x;")
+    common.build.cache_clear()
+    backend = MLXBackend()
+    inputs = make_chunk_inputs(8)
+    assert mx.array_equal(
+        backend.chunk_scores(*inputs), MLXBackend(kernels="off").chunk_scores(*inputs)
+    )
+    assert backend.kernels.last_path["chunk_scores"] == "plain"
+    assert "no_such_type" in caplog.text
+
+
+def test_kernel_that_computes_something_else_is_refused(metal, monkeypatch, caplog):
+    wrong = chunk_scores.SCORES.replace("max(best, exp(", "max(best, 2 * exp(")
+    monkeypatch.setattr(chunk_scores, "SCORES", wrong)
+    common.build.cache_clear()
+    backend = MLXBackend()
+    backend.chunk_scores(*make_chunk_inputs(8))
+    assert backend.kernels.last_path["chunk_scores"] == "plain"
+    assert "chunk_scores disagrees with its plain twin on this device" in caplog.text

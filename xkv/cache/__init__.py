@@ -1,0 +1,1 @@
+"""Who holds what: cache, groups, layers, state, files."""

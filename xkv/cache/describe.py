@@ -1,0 +1,42 @@
+"""A compressed cache in words, for people."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from xkv.cache.lowrank_cache import LowRankCache
+from xkv.store.ranks import RankPlan
+
+
+def describe(cache: LowRankCache) -> str:
+    """Ranks and attention of a compressed cache, for people."""
+    if cache.ranks is None:
+        return "nothing compressed"
+    widths = "+".join(str(len(group.layers)) for group in cache.groups)
+    attention = "dense attention"
+    selection = sum(layer.selection_bytes for group in cache.groups for layer in group.layers)
+    landmarks = cache.groups[0].layers[0].landmarks
+    if landmarks is not None:
+        attention = (
+            f"selective attention: {cache.config.budget} tokens in chunks of "
+            f"{landmarks.chunk_size}, {landmarks.bits}-bit landmarks, "
+            f"{selection / 1e6:.3f} MB of what is held"
+        )
+    return f"layers {widths}, {describe_factors(cache)}, {attention}"
+
+
+def describe_factors(cache: LowRankCache) -> str:
+    """Ranks, or the columns in each number of bits, of the groups' keys and values."""
+    if isinstance(cache.ranks, RankPlan):
+        return f"rank_k {cache.ranks.rank_k}, rank_v {cache.ranks.rank_v}"
+    texts = []
+    for name in ("keys", "values"):
+        columns: Counter[int] = Counter()
+        kept = [getattr(group, name) for group in cache.groups if getattr(group, name)]
+        for factors in kept:
+            for width, bits, _ in factors.parts():
+                columns[bits] += width
+        if columns:
+            spread = " + ".join(f"{n} of {bits} bits" for bits, n in sorted(columns.items())[::-1])
+            texts.append(f"{name} {spread}")
+    return "columns: " + ", ".join(texts)

@@ -1,0 +1,243 @@
+"""One layer's cache as a list of arrays, and back: the layout of a prompt cache file.
+
+The only place that knows it. Each framework reads and writes the arrays with its own safetensors
+functions, in the file layout of mlx-lm's prompt caches.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from xkv.cache.lowrank_cache import LayerCache, LowRankCache
+from xkv.cache.row_buffer import RowBuffer
+from xkv.cache.rows import LayerRows
+from xkv.config import XKVConfig
+from xkv.errors import InputError
+from xkv.ops.backend import Backend
+from xkv.ops.packed import Packed, Part
+from xkv.ops.types import Array, DynamicNTKRope, Landmarks, Rope, RopeRun, RopeSpec
+from xkv.store.factors import SharedFactors
+from xkv.store.ranks import BitPlan, RankPlan
+from xkv.store.shapes import CacheShape, GroupShape
+
+FORMAT = 3
+"""Version of the layout below."""
+
+LAYER_CLASS = "XKVCache"
+"""What a file calls a layer of this layout."""
+
+_BEGUN: weakref.WeakValueDictionary[str, LowRankCache] = weakref.WeakValueDictionary()
+"""Caches that are being read: mlx-lm makes the layers of a file one by one."""
+
+_PLANS: dict[str, Any] = {plan.__name__: plan for plan in (RankPlan, BitPlan)}
+
+_ROPES = {"fixed": RopeSpec, "dynamic": DynamicNTKRope}
+
+
+_COUNTS = ("start", "n_segment", "n_recent", "n_outlier_rows")
+_ENERGIES = ("query_energy", "output_energy")
+
+
+def write_layer(layer: LayerCache, rope: Rope | None) -> list[Array]:
+    """A layer's state: first a description in JSON as bytes, then the arrays that it names."""
+    cache, rows, state = layer.cache, layer.rows, layer.group.state
+    arrays: dict[str, Array] = {}
+    matrices: dict[str, list[list[int]]] = {}
+    for name in ("keys", "values"):
+        buffer, factors = getattr(rows, name), getattr(state, name)
+        if buffer.allocated is not None:
+            arrays[name] = buffer.allocated
+        if factors is None:
+            continue
+        stored = {"basis": factors.bases[layer.index]}
+        if layer.index == 0:
+            stored |= {"latent": factors.latent, "recent": factors.recent}
+        for kind, matrix in stored.items():
+            if matrix is not None:
+                matrices[f"{name}.{kind}"] = [[x.bits, x.group_size] for x in matrix.parts]
+                arrays.update((f"{name}.{kind}.{i}", x) for i, x in enumerate(matrix.arrays))
+    landmarks = rows.landmarks
+    if landmarks is not None:
+        arrays.update((f"landmarks.{i}", x) for i, x in enumerate(landmarks.held))
+    energies = {name: getattr(rows, name) for name in _ENERGIES}
+    arrays.update((name, x) for name, x in energies.items() if x is not None)
+    about = {
+        "format": FORMAT,
+        "backend": cache.backend.name,
+        "cache": cache.uid,
+        "groups": [list(indices) for indices in cache.indices],
+        "config": asdict(cache.config),
+        "shape": asdict(cache.shape) if cache.has_shape else None,
+        "n_dense_layers": cache.n_dense_layers,
+        "fingerprint": cache.fingerprint,
+        "is_streaming": cache.is_streaming,
+        "notice": cache.notice,
+        "unspent": cache.unspent,
+        "plan": cache.ranks and [type(cache.ranks).__name__, asdict(cache.ranks)],
+        "layer": [layer.number, layer.index],
+        "retry_at": state.retry_at,
+        "errors": [factors.error if factors else None for factors in (state.keys, state.values)],
+        "rope": _write_rope(rope),
+        "runs": [[run.n_rows, _write_rope(run.spec)] for run in rows.rope_runs],
+        "rows": [[x.n_rows, x.reserved] for x in (rows.keys, rows.values)],
+        **{name: getattr(rows, name) for name in _COUNTS},
+        "landmarks": landmarks and [landmarks.bits, landmarks.group_size, landmarks.chunk_size],
+        "matrices": matrices,
+        "arrays": list(arrays),
+    }
+    text = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8).copy()
+    return [cache.backend.from_numpy(text), *arrays.values()]
+
+
+def read_layer(
+    state: Sequence[Array], make_backend: Callable[[], Backend]
+) -> tuple[LayerCache, Rope | None]:
+    """The layer that :func:`write_layer` wrote, in its group; the first one begins a new cache.
+
+    Args:
+        state: Arrays of the reader's framework.
+        make_backend: Called for a new cache.
+
+    Raises:
+        InputError: If the state is of another version, or layers are missing or out of order.
+    """
+    backend = make_backend()
+    try:
+        about = json.loads(backend.to_numpy(state[0]).tobytes())
+        version = about["format"]
+    except (AttributeError, IndexError, TypeError, KeyError, ValueError) as error:
+        raise InputError("this is not the state of an xKV prompt cache") from error
+    if version != FORMAT:
+        raise InputError(
+            f"the prompt cache has format {version}, and this version of xkv reads format "
+            f"{FORMAT}: make it again"
+        )
+    if len(state) != len(about["arrays"]) + 1:
+        raise InputError(
+            f"the prompt cache is incomplete: a layer has {len(state) - 1} of "
+            f"{len(about['arrays'])} arrays"
+        )
+    group_index, index = about["layer"]
+    if group_index == index == 0:
+        _BEGUN[about["cache"]] = cache = _read_cache(about, backend)
+    elif about["cache"] in _BEGUN:
+        cache = _BEGUN[about["cache"]]
+    else:
+        raise InputError("the prompt cache is incomplete: its first layer is missing")
+    layer = LayerCache(cache, group_index, index)
+    _fill(layer, about, dict(zip(about["arrays"], state[1:], strict=True)))
+    return layer, _read_rope(about["rope"])
+
+
+def check_config(mine: XKVConfig, its: XKVConfig) -> None:
+    """Refuse a cache of another configuration, as one from a file may be.
+
+    Raises:
+        InputError: With what differs.
+    """
+    wanted, found = asdict(mine), asdict(its)
+    differing = [
+        f"{name}={found[name]} (here {wanted[name]})"
+        for name in wanted
+        if wanted[name] != found[name]
+    ]
+    if differing:
+        raise InputError(
+            f"the prompt cache was made with {', '.join(differing)}: "
+            "use the same options, or make it again"
+        )
+
+
+def _read_cache(about: dict[str, Any], backend: Backend) -> LowRankCache:
+    shape = about["shape"]
+    if shape is not None:
+        groups = tuple(GroupShape(**group) for group in shape.pop("groups"))
+        shape = CacheShape(groups, **shape)
+        is_mla = any(group.has_dense_values for group in groups)
+        if is_mla and about["backend"] != backend.name:
+            raise InputError(
+                f"the prompt cache holds the latents of an MLA model, whose rotary keys are laid "
+                f"out differently on {about['backend']}: make it again on {backend.name}"
+            )
+    cache = LowRankCache(
+        backend,
+        XKVConfig(**about["config"]),
+        about["groups"],
+        about["n_dense_layers"],
+        shape=shape,
+    )
+    for name in ("fingerprint", "is_streaming", "notice", "unspent"):
+        setattr(cache, name, about[name])
+    if about["plan"] is not None:
+        kind, fields = about["plan"]
+        cache.ranks = _PLANS[kind](**fields)
+    return cache
+
+
+def _fill(layer: LayerCache, about: dict[str, Any], arrays: dict[str, Array]) -> None:
+    state = layer.group.state
+    fields: dict[str, Any] = {name: about[name] for name in _COUNTS}
+    fields |= {name: arrays.get(name) for name in _ENERGIES}
+    for name, (n_rows, reserved), error in zip(
+        ("keys", "values"), about["rows"], about["errors"], strict=True
+    ):
+        fields[name] = RowBuffer(arrays.get(name), n_rows, reserved)
+        basis = _matrix(about, arrays, f"{name}.basis")
+        if basis is None:
+            continue
+        factors = getattr(state, name)
+        if layer.index == 0:
+            latent, recent = (_matrix(about, arrays, f"{name}.{x}") for x in ("latent", "recent"))
+            if latent is None:
+                raise InputError(f"the prompt cache is incomplete: it has no latent of the {name}")
+            factors = SharedFactors(latent, (), error, recent)
+        elif factors is None or len(factors.bases) != layer.index:
+            raise InputError("the prompt cache's layers are out of order or incomplete")
+        state = state._replace(**{name: factors._replace(bases=(*factors.bases, basis))})
+    landmarks = None
+    if about["landmarks"] is not None:
+        bits, group_size, chunk_size = about["landmarks"]
+        held = [x for name, x in arrays.items() if name.startswith("landmarks.")]
+        landmarks = Landmarks(tuple(held[:-1]), bits, group_size, held[-1], chunk_size)
+    rows = LayerRows(
+        **fields,
+        landmarks=landmarks,
+        rope_runs=tuple(RopeRun(n_rows, _read_rope(spec)) for n_rows, spec in about["runs"]),
+    )
+    state = state._replace(retry_at=about["retry_at"])
+    layer.group.state = state.with_layer(layer.index, rows)
+
+
+def _matrix(about: dict[str, Any], arrays: dict[str, Array], name: str) -> Packed | None:
+    """A latent or a basis of several parts, None where there is none."""
+    if name not in about["matrices"]:
+        return None
+    held = iter([x for key, x in arrays.items() if key.startswith(f"{name}.")])
+    parts = [
+        Part(tuple(itertools.islice(held, 1 if bits == 16 else 3)), bits, group_size)
+        for bits, group_size in about["matrices"][name]
+    ]
+    return Packed(tuple(parts), 1 if name.endswith(".basis") else 2)
+
+
+def _write_rope(rope: Rope | None) -> dict[str, Any] | None:
+    if rope is None:
+        return None
+    kind = next(name for name, cls in _ROPES.items() if type(rope) is cls)
+    return {"kind": kind, **asdict(rope)}
+
+
+def _read_rope(about: dict[str, Any] | None) -> Any:
+    if about is None:
+        return None
+    options = {name: value for name, value in about.items() if name != "kind"}
+    if "freqs" in options:
+        options["freqs"] = tuple(options["freqs"])
+    return _ROPES[about["kind"]](**options)

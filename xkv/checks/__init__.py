@@ -1,0 +1,1 @@
+"""Whether a machine computes the same, and how fast."""

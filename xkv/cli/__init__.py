@@ -1,0 +1,1 @@
+"""What command lines share: flags, answers, the terminal."""

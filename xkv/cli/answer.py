@@ -1,0 +1,83 @@
+"""What ``python -m xkv.generate`` asks and prints, whichever backend answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from xkv.cli.engine import Generation, Progress
+from xkv.cli.terminal import ProgressBars, size_text
+from xkv.config import XKVConfig
+from xkv.tiny import make_document
+
+BUILT_IN_SEED = 2024
+BUILT_IN_TOKENS = 3500
+
+
+def built_in_prompt() -> str:
+    """A long document and a question about it; says on stdout what is asked."""
+    document = make_document(BUILT_IN_SEED, BUILT_IN_TOKENS)
+    fact = document.facts[len(document.facts) // 3]
+    print(
+        f"The built-in document has about {BUILT_IN_TOKENS} tokens; it begins:\n"
+        f"  {document.text[:140].rsplit(' ', 1)[0]} ...\n"
+        f"Question: {fact.question}"
+    )
+    return f"{document.text} {fact.question}"
+
+
+def show_answers(
+    answer: Callable[[XKVConfig | None, Callable[[str], None], Progress], Generation],
+    config: XKVConfig | None,
+    compare: bool,
+) -> Generation:
+    """Print an answer and its cost as they come, and with ``compare`` the full cache's beside it.
+
+    Args:
+        answer: Called with a configuration, what to call with text, and with progress.
+        config: None answers with the full cache.
+        compare: Answer again with the full cache.
+
+    Returns:
+        The first answer.
+    """
+
+    def show(config: XKVConfig | None) -> Generation:
+        if compare:
+            print(f"--- {'full cache' if config is None else 'xKV'}")
+        with ProgressBars() as bars:
+            result = answer(config, bars.write, bars.update)
+        print()
+        print(report(result))
+        return result
+
+    mine = show(config)
+    if compare and config is not None:
+        full = show(None)
+        same = "the same" if mine.tokens == full.tokens else "different"
+        ratio = full.allocated_bytes / mine.allocated_bytes
+        print(f"--- answers are {same}; xKV holds {ratio:.2f} x less memory")
+    return mine
+
+
+def report(result: Generation) -> str:
+    """The last lines of a run, like mlx-lm's, with the cache's memory."""
+    prefill_tps = result.n_prompt / max(result.prefill_seconds, 1e-9)
+    lines = [
+        "=" * 10,
+        f"Prompt: {result.n_prompt} tokens, {prefill_tps:.3f} tokens-per-sec",
+        f"Generation: {len(result.tokens)} tokens, {result.decode_tps:.3f} tokens-per-sec",
+    ]
+    if result.detail is not None:
+        lines.append(f"Factorization: {result.factorize_seconds:.3f} s ({result.detail})")
+    lines.append(f"Peak memory: {size_text(result.peak_bytes)}")
+    ratio = result.dense_bytes / max(result.allocated_bytes, 1)
+    dense, allocated, held = map(
+        size_text, (result.dense_bytes, result.allocated_bytes, result.held_bytes)
+    )
+    lines.append(
+        f"KV cache: {dense} dense, {allocated} held ({ratio:.2f} x), "
+        f"{held} by the sizes of its arrays"
+    )
+    if result.notice:
+        lines.append(f"Note: {result.notice}")
+    return "\n".join(lines)

@@ -1,0 +1,184 @@
+"""The flags of compression, which every command shares."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+
+from xkv.config import DECODE_TOKENS, Rank, XKVConfig
+from xkv.errors import InputError
+from xkv.tiny import SELECTION
+
+KERNELS = ("auto", "on", "off")
+
+
+def add_compression_flags(parser: argparse.ArgumentParser, has_kernels: bool = True) -> None:
+    """Add a group of flags, one for each choice of :class:`xkv.XKVConfig` that a user makes.
+
+    Args:
+        parser: Of the command.
+        has_kernels: Whether the command decodes, which device kernels are for.
+    """
+    cache = parser.add_argument_group("compression")
+    cache.add_argument(
+        "--compression",
+        type=float,
+        help="target ratio of dense bytes to bytes held; 4 if no ranks are given",
+    )
+    cache.add_argument(
+        "--group-size",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="consecutive layers that share a latent; 0 runs with the full cache "
+        f"(default: the model's profile if it has one, else {XKVConfig.group_size})",
+    )
+    add_grouping_flag(cache)
+    cache.add_argument("--rank-k", type=_rank, help="rank of the keys: a number or 'full'")
+    cache.add_argument("--rank-v", type=_rank, help="rank of the values: a number or 'full'")
+    cache.add_argument(
+        "--latent-bits",
+        type=_latent_bits,
+        default=XKVConfig.latent_bits,
+        help="'auto' stores columns in 2 to 16 bits by what they are worth; 16 is the paper's form "
+        f"(default: {XKVConfig.latent_bits})",
+    )
+    cache.add_argument(
+        "--weighting",
+        choices=["off", "norm", "attention"],
+        default=XKVConfig.weighting,
+        help="what counts in the factorization: all numbers alike, all layers alike, or columns by "
+        f"how much attention depends on them (default: {XKVConfig.weighting})",
+    )
+    for name, text in (
+        ("sinks", "first tokens that stay dense"),
+        ("window", "last tokens that stay dense"),
+        ("max-tail", "tokens after the window that stay dense before they are folded in"),
+        ("budget", "tokens a decode step reconstructs in selective attention"),
+        ("chunk-size", "tokens that are selected together"),
+        ("landmark-bits", "bits of the chunks' summary keys: 4, 8 or 16"),
+    ):
+        field = name.replace("-", "_")
+        default = getattr(XKVConfig, field)
+        text += f" (default: {default}"
+        if field in SELECTION:
+            text += f"; bundled model: {SELECTION[field]}"
+            default = argparse.SUPPRESS
+        cache.add_argument(f"--{name}", type=int, default=default, help=f"{text})")
+    cache.add_argument(
+        "--attention",
+        choices=["auto", "dense", "selective"],
+        default=XKVConfig.attention,
+        help="decode attention over every compressed row, or over the selected ones "
+        f"(default: {XKVConfig.attention})",
+    )
+    if has_kernels:
+        cache.add_argument(
+            "--kernels", choices=KERNELS, default="auto", help="use device kernels (default: auto)"
+        )
+
+
+def add_grouping_flag(parser: argparse._ActionsContainer) -> None:
+    """Add the flag that says which layers share a latent."""
+    parser.add_argument(
+        "--grouping",
+        metavar="{consecutive,cka,FILE}",
+        help="layers that share a latent: consecutive ones; those that are alike, measured first; "
+        "or a file that xkv.calibrate wrote (default: the model's profile if it has one, else "
+        "consecutive)",
+    )
+
+
+def add_generate_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that only ``python -m xkv.generate`` has."""
+    parser.add_argument(
+        "--backend", choices=["mlx", "torch"], default="mlx", help="framework (default: mlx)"
+    )
+    parser.add_argument(
+        "--compare", action="store_true", help="run the full cache beside it in the same process"
+    )
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Refuse numbers that no generation can have.
+
+    Raises:
+        InputError: Naming the flag.
+    """
+    max_tokens, step_size = (vars(args).get(name) for name in ("max_tokens", "prefill_step_size"))
+    if max_tokens is not None and max_tokens < 1:
+        raise InputError(f"--max-tokens {max_tokens} must be at least 1")
+    if step_size is not None and step_size <= DECODE_TOKENS:
+        raise InputError(
+            f"--prefill-step-size {step_size} must be above {DECODE_TOKENS}: "
+            "smaller calls count as decoding"
+        )
+
+
+def _compression_defaults() -> dict[str, object]:
+    """The flags of :func:`add_compression_flags` that are fields of the configuration."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_compression_flags(parser)
+    fields_ = {field.name for field in fields(XKVConfig)}
+    return {a.dest: parser.get_default(a.dest) for a in parser._actions if a.dest in fields_}
+
+
+def has_compression_flags(args: argparse.Namespace) -> bool:
+    """Whether any flag of :func:`add_compression_flags` was given a value of its own."""
+    given = vars(args)
+    return given.get("grouping") is not None or any(
+        name in given and given[name] != default
+        for name, default in _compression_defaults().items()
+    )
+
+
+def config_from(args: argparse.Namespace, is_bundled: bool) -> XKVConfig | None:
+    """The configuration that the flags ask for; None with ``--group-size 0``.
+
+    Args:
+        args: With the flags of :func:`add_compression_flags`.
+        is_bundled: Whether the model is the one that comes with xkv, which has defaults of its own.
+
+    Raises:
+        InputError: If the flags contradict each other.
+    """
+    chosen = {**(SELECTION if is_bundled else {}), **vars(args)}
+    names = set(_compression_defaults()) & set(chosen)
+    group_size, grouping = vars(args).get("group_size"), args.grouping
+    if group_size is not None and grouping not in (None, "consecutive", "cka"):
+        raise InputError(
+            "--group-size and --grouping FILE exclude each other: the file says which layers form "
+            "a group"
+        )
+    if group_size == 0:
+        given = [
+            f"--{x.replace('_', '-')}"
+            for x in ("compression", "rank_k", "rank_v", "grouping")
+            if vars(args)[x]
+        ]
+        if given:
+            raise InputError(
+                f"--group-size 0 runs the full cache, which {', '.join(given)} contradicts"
+            )
+        return None
+    for name in ("kv_bits", "max_kv_size"):
+        if vars(args).get(name) is not None:
+            raise InputError(
+                f"--{name.replace('_', '-')} changes mlx-lm's own cache, which xKV replaces: leave "
+                "it out, or run with --group-size 0"
+            )
+    return XKVConfig(**{name: chosen[name] for name in names})
+
+
+def _latent_bits(text: str) -> str | int:
+    if text not in ("auto", "16"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 16 nor 'auto'")
+    return text if text == "auto" else 16
+
+
+def _rank(text: str) -> Rank:
+    if text == "full":
+        return "full"
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor 'full'") from None

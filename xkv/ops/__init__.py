@@ -1,0 +1,1 @@
+"""What a framework must offer, and what it gets for free."""

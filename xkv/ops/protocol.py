@@ -1,0 +1,191 @@
+"""What a framework must offer."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from xkv.ops.types import Array, Landmarks, RopeSpec, Segment
+
+
+class Operations(ABC):
+    """What arithmetic on one framework and device is made of.
+
+    The method is written once over the array API standard (``xp``). A framework adds what the
+    standard has no word for. Fused operations, last, have bodies in
+    :class:`xkv.ops.backend.Backend`.
+    """
+
+    name: str
+    xp: Any
+    """The framework's array API namespace."""
+
+    @property
+    @abstractmethod
+    def placement(self) -> dict[str, Any]:
+        """Keyword arguments with which ``xp`` creates arrays on this backend's device."""
+
+    @property
+    @abstractmethod
+    def device_name(self) -> str:
+        """What the arithmetic runs on, for people."""
+
+    @abstractmethod
+    def from_numpy(self, array: np.ndarray) -> Array:
+        """The array on this backend's device, in its numpy dtype."""
+
+    @abstractmethod
+    def to_numpy(self, array: Array) -> np.ndarray:
+        """The values as numpy; bfloat16 becomes float32."""
+
+    @abstractmethod
+    def evaluate(self, *arrays: Array) -> None:
+        """Force lazy or asynchronous work on these arrays to finish."""
+
+    @abstractmethod
+    def own(self, array: Array) -> Array:
+        """A row-contiguous copy that shares no memory with ``array``."""
+
+    @abstractmethod
+    def cholesky(self, x: Array) -> Array | None:
+        """Lower Cholesky factor of ``[..., k, k]``, or None if one is not positive definite."""
+
+    @abstractmethod
+    def solve_triangular(self, lower: Array, right: Array) -> Array:
+        """``lower^-1 @ right`` for a lower triangular ``[..., k, k]``."""
+
+    @abstractmethod
+    def eigh(self, x: Array) -> tuple[Array, Array]:
+        """Eigenvalues ``[..., k]``, ascending, and eigenvectors in columns of symmetric ``x``."""
+
+    @abstractmethod
+    def attention(
+        self, queries: Array, keys: Array, values: Array, scale: float, mask: Array | None
+    ) -> Array:
+        """The framework's attention; shapes as in :func:`xkv.ops.attention.lowrank_attention`."""
+
+    @abstractmethod
+    def top_indices(self, scores: Array, count: int) -> Array:
+        """Where the ``count`` largest of the last axis are (all, if fewer), in any order."""
+
+    @abstractmethod
+    def quantize(self, x: Array, group_size: int, bits: int) -> tuple[Array, Array, Array]:
+        """MLX's affine layout: 32-bit words, scales and biases, by groups of the last axis.
+
+        ``bits`` are 2, 3, 4, 5, 6 or 8; ``group_size`` 32, 64 or 128.
+        """
+
+    @abstractmethod
+    def dequantize(self, packed: tuple[Array, ...], group_size: int, bits: int) -> Array:
+        """The inverse of :meth:`quantize`, in the scales' dtype."""
+
+    def product_dtype(self, dtype: Any) -> Any:
+        """The dtype in which rows of a KV dtype are multiplied to be factored; None for float32."""
+        return None
+
+    def wide_product(self, left: Array, right: Array) -> Array:
+        """``left @ right`` of 16-bit matrices ``[..., M, K]`` and ``[..., K, N]``, in float32."""
+        xp = self.xp
+        return xp.astype(left, xp.float32) @ xp.astype(right, xp.float32)
+
+    @abstractmethod
+    def quantized_matmul(
+        self,
+        x: Array,
+        packed: tuple[Array, ...],
+        group_size: int,
+        bits: int,
+        transpose: bool = True,
+    ) -> Array:
+        """``x @ dequantize(packed)^T``: ``[..., M, D]`` and ``[..., N, D]`` -> ``[..., M, N]``.
+
+        Without ``transpose``, ``x @ dequantize(packed)``: ``[..., M, N]`` -> ``[..., M, D]``.
+        """
+
+    @abstractmethod
+    def active_memory(self) -> int:
+        """Bytes of all live arrays, as the framework counts them."""
+
+    @abstractmethod
+    def peak_memory(self) -> int:
+        """Largest bytes in use since the last :meth:`reset_peak_memory`."""
+
+    @abstractmethod
+    def reset_peak_memory(self) -> None:
+        """Start a new measurement of :meth:`peak_memory`."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Operations:
+        return self
+
+    def constant(self, values: Sequence[float], dtype: Any) -> Array:
+        """A small 1-d array of Python numbers."""
+        return self.xp.asarray(values, dtype=dtype, **self.placement)
+
+    def accumulate_dtype(self, x: Array) -> Any:
+        """float64 for float64 arrays, otherwise float32."""
+        return x.dtype if x.dtype == self.xp.float64 else self.xp.float32
+
+    def normal(self, shape: tuple[int, ...], seed: int) -> Array:
+        """Standard normal float32 numbers, the same on every backend."""
+        numbers = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+        return self.from_numpy(numbers)
+
+    def positions(self, start: int, n_rows: int) -> Array:
+        """``start, start + 1, ...`` as integers."""
+        return self.xp.arange(start, start + n_rows, **self.placement)
+
+    @abstractmethod
+    def rope(
+        self, x: Array, positions: Array | int, spec: RopeSpec, inverse: bool = False
+    ) -> Array:
+        """:func:`xkv.ops.rope.rotate`; an int stands for consecutive rows from that position on."""
+
+    @abstractmethod
+    def rotate_runs(self, x: Array, starts: Array, run_length: int, spec: RopeSpec) -> Array:
+        """:func:`xkv.ops.rope.rotate_runs`"""
+
+    @abstractmethod
+    def reconstruct_keys(self, segment: Segment) -> Array:
+        """:func:`xkv.ops.attention.reconstruct_keys`"""
+
+    @abstractmethod
+    def lowrank_attention(
+        self,
+        queries: Array,
+        segment: Segment,
+        keys: Array,
+        values: Array,
+        scale: float,
+        mask: Array | None = None,
+    ) -> Array:
+        """:func:`xkv.ops.attention.lowrank_attention`"""
+
+    @abstractmethod
+    def reconstruct_rows(self, segment: Segment, rows: Array) -> Array:
+        """:func:`xkv.ops.selection.reconstruct_rows`"""
+
+    @abstractmethod
+    def chunk_scores(self, queries: Array, landmarks: Landmarks, scale: float) -> Array:
+        """:func:`xkv.ops.selection.chunk_scores`"""
+
+    @abstractmethod
+    def select_chunks(
+        self, queries: Array, landmarks: Landmarks, budget: int, scale: float
+    ) -> Array:
+        """:func:`xkv.ops.selection.select_chunks`"""
+
+    @abstractmethod
+    def selected_attention(
+        self,
+        queries: Array,
+        segment: Segment,
+        chunks: Array,
+        chunk_size: int,
+        keys: Array,
+        values: Array,
+        scale: float,
+    ) -> Array:
+        """:func:`xkv.ops.selection.selected_attention`"""

@@ -1,0 +1,1 @@
+"""Before a prompt: which layers share a latent, and what fits into memory."""

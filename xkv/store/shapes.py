@@ -1,0 +1,103 @@
+"""What the bytes of a model's cache depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from xkv.config import XKVConfig, buffer_rows
+from xkv.ops.packed import group_size_of
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """One group of layers whose keys, and whose values, are factored together.
+
+    Args:
+        n_layers: Layers of the group (W).
+        n_kv_heads: KV heads of each.
+        key_dim: Features of a key head.
+        value_dim: Features of a value head.
+        has_dense_values: The values are not factored: MLA's rotary key, which mlx-lm keeps there.
+    """
+
+    n_layers: int
+    n_kv_heads: int
+    key_dim: int
+    value_dim: int
+    has_dense_values: bool = False
+
+    @property
+    def key_width(self) -> int:
+        """Columns of the keys of all layers side by side."""
+        return self.n_layers * self.n_kv_heads * self.key_dim
+
+    @property
+    def value_width(self) -> int:
+        """Columns of the values that are factored, all layers side by side."""
+        return 0 if self.has_dense_values else self.n_layers * self.n_kv_heads * self.value_dim
+
+    @property
+    def row_elements(self) -> int:
+        """Dense elements of one token in one layer."""
+        return self.n_kv_heads * (self.key_dim + self.value_dim)
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What the size of a model's cache depends on.
+
+    Args:
+        groups: The groups that are compressed.
+        item_bytes: Bytes of an element in the model's KV dtype.
+        dense_row_bytes: Bytes of one token in all the layers that grow with it and are in no group.
+    """
+
+    groups: tuple[GroupShape, ...]
+    item_bytes: int
+    dense_row_bytes: int = 0
+
+    @classmethod
+    def uniform(
+        cls,
+        group_sizes: Sequence[int],
+        n_kv_heads: int,
+        key_dim: int,
+        value_dim: int,
+        item_bytes: int,
+        n_dense_layers: int = 0,
+    ) -> CacheShape:
+        """The shape of a model whose layers are all alike."""
+        groups = tuple(GroupShape(n, n_kv_heads, key_dim, value_dim) for n in group_sizes)
+        row_bytes = n_kv_heads * (key_dim + value_dim) * item_bytes
+        return cls(groups, item_bytes, n_dense_layers * row_bytes)
+
+    def landmark_bytes(self, group: GroupShape, config: XKVConfig, n_chunks: int) -> int:
+        """Bytes of one layer's landmarks and of the mark that says which chunks are outliers."""
+        group_size = group_size_of(group.key_dim)
+        if config.landmark_bits == 16 or not group_size:
+            per_chunk = group.key_dim * self.item_bytes
+        else:
+            per_chunk = group.key_dim * config.landmark_bits // 8
+            per_chunk += 2 * self.item_bytes * (group.key_dim // group_size)
+        return group.n_kv_heads * n_chunks * (per_chunk + 1)
+
+    def dense_bytes(self, n_tokens: int) -> int:
+        """Bytes of the same tokens in the full cache."""
+        elements = sum(group.n_layers * group.row_elements for group in self.groups)
+        return n_tokens * (elements * self.item_bytes + self.dense_row_bytes)
+
+    def unfactored_bytes(self, config: XKVConfig, n_tokens: int) -> int:
+        """Bytes of all but latents and bases after a prompt and one more token."""
+        layout = config.layout(n_tokens)
+        n_dense = n_tokens - layout.n_rows + layout.n_outliers * config.chunk_size + 1
+        total = n_tokens * self.dense_row_bytes
+        for group in self.groups:
+            n_dense_values = n_tokens + 1 if group.has_dense_values else n_dense
+            elements = buffer_rows(n_dense) * group.key_dim
+            elements += buffer_rows(n_dense_values) * group.value_dim
+            total += elements * group.n_layers * group.n_kv_heads * self.item_bytes
+            if layout.is_selective:
+                n_chunks = layout.n_rows // config.chunk_size
+                total += group.n_layers * self.landmark_bytes(group, config, n_chunks)
+        return total
