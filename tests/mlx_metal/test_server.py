@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import mlx.core as mx
 import openai
@@ -23,78 +17,37 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import xkv
 from tests.architectures import build
+from tests.serving import Server, float32_model
 from xkv.backends.mlx_metal.server.budget import PromptCache
-from xkv.tiny import CHECKPOINT_DIR, Document, make_document
+from xkv.tiny import Document, make_document
 
 LIMIT_BYTES = 18_000_000
 SLACK_BYTES = 1_000_000
 """For what is not a cache: sampling state, constants."""
+RANKS = [
+    "--rank-k",
+    "96",
+    "--rank-v",
+    "144",
+    "--window",
+    "32",
+    "--max-tail",
+    "32",
+    "--group-size",
+    "4",
+]
 DOCUMENT = make_document(1, 1200)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model in float32, which is several times faster on a CPU."""
-    path = tmp_path_factory.mktemp("model") / "float32"
-    shutil.copytree(CHECKPOINT_DIR, path)
-    (weights,) = path.glob("*.safetensors")
-    wide = {name: x.astype(mx.float32) for name, x in mx.load(str(weights)).items()}
-    mx.save_safetensors(str(weights), wide, {"format": "mlx"})
-    return path
-
-
-class Server:
-    """A running server and a client for it."""
-
-    def __init__(self, model: Path, *flags: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        ranks = ["--rank-k", "96", "--rank-v", "144", "--window", "32", "--max-tail", "32"]
-        command = [sys.executable, "-m", "xkv.server", "--model", str(model), *ranks, *flags]
-        self.process = subprocess.Popen([*command, "--port", str(self.port)])
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
-        while self.process.poll() is None:
-            try:
-                self.memory()
-                return
-            except URLError:
-                time.sleep(0.2)
-        raise RuntimeError(f"the server ended with code {self.process.returncode}")
-
-    def memory(self) -> dict[str, Any]:
-        with urlopen(f"{self.url}/xkv/memory", timeout=60) as answer:
-            return json.load(answer)
-
-    def settled_memory(self) -> dict[str, Any]:
-        """The report once the last request's cache is kept or dropped."""
-        while (report := self.memory())["reserved_bytes"]:
-            time.sleep(0.05)
-        return report
-
-    def ask(self, *texts: str, **options: Any) -> Any:
-        """A chat: questions and answers in turn, the last a question."""
-        roles = ("user", "assistant")
-        messages: Any = [{"role": roles[i % 2], "content": x} for i, x in enumerate(texts)]
-        return self.client.chat.completions.create(
-            model="default_model", messages=messages, **{"max_tokens": 12, **options}
-        )
-
-    def post(self, body: bytes) -> socket.socket:
-        """Send a request whose answer nobody has read."""
-        connection = socket.create_connection(("127.0.0.1", self.port))
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
-        connection.sendall(head.encode() + body)
-        return connection
+    return float32_model(tmp_path_factory.mktemp("model") / "float32")
 
 
 @pytest.fixture(scope="module")
 def server(model: Path) -> Iterator[Server]:
-    running = Server(model, "--prompt-cache-bytes", str(LIMIT_BYTES), "--group-size", "4")
-    yield running
-    running.process.terminate()
-    running.process.wait()
+    with Server(model, *RANKS, "--prompt-cache-bytes", str(LIMIT_BYTES)) as running:
+        yield running
 
 
 def question(document: Document, fact: int = 0) -> str:
@@ -198,7 +151,7 @@ BAD_BODIES = {
     "messages": b'{"messages": 5}',
     "role": b'{"messages": [{"content": "a"}]}',
     "max_tokens": b'{"messages": [{"role": "user", "content": "a"}], "max_tokens": "x"}',
-    "seed": b'{"messages": [{"role": "user", "content": "a"}], "seed": -1}',
+    "seed": b'{"messages": [{"role": "user", "content": "a"}], "seed": "x"}',
     "stop": b'{"messages": [{"role": "user", "content": "a"}], "stop": 5}',
     "stream_options": b'{"messages": [{"role": "user", "content": "a"}], "stream_options": 5}',
 }
@@ -230,12 +183,10 @@ def test_request_that_cannot_fit_is_refused_before_prefill(
 ) -> None:
     before = server.settled_memory()
     content = question(make_document(30, n_tokens))
-    began = time.perf_counter()
     with pytest.raises(
         openai.BadRequestError, match=r"--prompt-cache-bytes allows 18\.0 MB"
     ) as raised:
         server.ask(content, max_tokens=max_tokens)
-    assert time.perf_counter() - began < 2
     assert raised.value.code == "context_length_exceeded"
     after = server.settled_memory()
     # what the request before it left to Python's collector may be freed in between

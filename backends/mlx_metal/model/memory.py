@@ -12,8 +12,12 @@ from xkv.backends.mlx_metal.model.prefill import flatten
 from xkv.cli.terminal import size_text
 
 
-def dense_bytes(layer: Any) -> int:
-    """What a layer's tokens take in a full cache without spare rows."""
+def dense_bytes(cache: Any) -> int:
+    """What a cache's tokens take in full caches without spare rows."""
+    return sum(map(_dense_bytes, flatten([cache])))
+
+
+def _dense_bytes(layer: Any) -> int:
     if isinstance(layer, XKVCache):
         return layer.layer.dense_bytes
     if type(layer) is mlx_cache.KVCache and layer.keys is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import (
+    ChunkedKVCache,
     LRUPromptCache,
     PromptTrie,
     can_trim_prompt_cache,
@@ -17,8 +19,9 @@ from mlx_lm.models.cache import (
 )
 
 from xkv.backends.mlx_metal.model.cache import XKVCache
-from xkv.backends.mlx_metal.model.enable import Enabled, lowrank_cache
+from xkv.backends.mlx_metal.model.enable import Enabled
 from xkv.backends.mlx_metal.model.memory import cache_text, dense_bytes
+from xkv.backends.mlx_metal.model.prefill import flatten
 from xkv.config import buffer_rows
 from xkv.planning.footprint import factoring_bytes
 from xkv.store.ranks import WAIT_SHARE, plan_ranks
@@ -86,7 +89,7 @@ def memory_limit() -> int:
 def arrays_held(caches: Sequence[Any]) -> dict[int, int]:
     """Bytes of each array of a prompt cache by identity, which copies of the cache share."""
     held: dict[int, int] = {}
-    for cache in caches:
+    for cache in flatten(caches):
         if isinstance(cache, XKVCache):
             arrays = (*cache.layer.arrays(), *cache.layer.group.arrays())
             held.update((id(x), x.nbytes) for x in arrays)
@@ -185,21 +188,28 @@ class PromptCache(LRUPromptCache):
         cache, rest = super().fetch_nearest_cache(model, tokens)
         if cache is not None and not rest:
             # mlx-lm cannot generate from an empty prompt
-            if can_trim_prompt_cache(cache):
-                trim_prompt_cache(cache, 1)
-                rest = tokens[-1:]
-            else:
-                cache, rest = None, tokens
+            trim_prompt_cache(cache, 1)
+            rest = tokens[-1:]
+        if cache is not None and not is_at(cache, len(tokens) - len(rest)):
+            cache, rest = self._fetch_untrimmed(model, tokens)
         self._make_room(arrays_held(cache or []), self.reserved)
         return cache, rest
+
+    def _fetch_untrimmed(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
+        """A copy of the longest cached prompt that this one begins with."""
+        result = self._trie.search(model, tokens[:-1])
+        name = result.exact or result.shorter
+        if not name:
+            return None, tokens
+        return copy.deepcopy(self._trie.get(model, name).prompt_cache), tokens[len(name) :]
 
     def insert_cache(
         self, model: Any, tokens: list[int], prompt_cache: list[Any], **kwargs: Any
     ) -> None:
-        """Keep a request's cache."""
+        """Keep a request's cache, if all of its layers have seen the same tokens."""
         tokens = _in_step(tokens, prompt_cache)
         logging.info(cache_text(prompt_cache))
-        if tokens:
+        if tokens and is_at(prompt_cache, len(tokens)):
             super().insert_cache(model, tokens, prompt_cache, **kwargs)
         self._make_room({}, RequestBytes())
 
@@ -232,11 +242,28 @@ class PromptCache(LRUPromptCache):
         }
 
 
+def is_at(caches: Sequence[Any], n_tokens: int) -> bool:
+    """Whether every layer can go on after ``n_tokens`` tokens.
+
+    A chunked layer may have dropped tokens of the chunk that a trim goes back to, and trims no
+    further than what it holds. State spaces count no tokens, and are never trimmed.
+    """
+    for cache in flatten(caches):
+        if getattr(cache, "offset", n_tokens) != n_tokens:
+            return False
+        if isinstance(cache, ChunkedKVCache):
+            chunk = n_tokens // cache.chunk_size * cache.chunk_size
+            if cache.start_position > chunk:
+                return False
+    return True
+
+
 def _in_step(tokens: list[int], caches: list[Any]) -> list[int]:
     """Cut tokens and caches to the same length: after speculative decoding they differ."""
-    if lowrank_cache(caches) is None or not can_trim_prompt_cache(caches):
+    if not can_trim_prompt_cache(caches):
         return tokens
-    n_tokens = min(len(tokens), *(cache.offset for cache in caches))
-    for cache in caches:
-        cache.trim(cache.offset - n_tokens)
+    layers = [cache for cache in flatten(caches) if hasattr(cache, "offset")]
+    n_tokens = min([len(tokens), *(layer.offset for layer in layers)])
+    for layer in layers:
+        layer.trim(layer.offset - n_tokens)
     return tokens[:n_tokens]

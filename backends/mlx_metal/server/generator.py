@@ -11,17 +11,22 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
 from huggingface_hub import CacheNotFound
 from mlx.utils import tree_flatten
 from mlx_lm import server as mlx_server
 
 from xkv.backends.mlx_metal.cli.commands import Command, run
-from xkv.backends.mlx_metal.model.enable import disable, enabled_state
+from xkv.backends.mlx_metal.model.enable import disable, enabled_state, native_caches
+from xkv.backends.mlx_metal.server.answers import Answers
 from xkv.backends.mlx_metal.server.budget import PromptCache, RequestBytes
-from xkv.backends.mlx_metal.server.handler import ClientGone, Handler, RequestError, error_text
+from xkv.backends.mlx_metal.server.errors import RequestError, error_text
+from xkv.backends.mlx_metal.server.handler import Handler
+from xkv.backends.mlx_metal.server.request import malformed_calls, wrap_arguments
 from xkv.errors import InputError
 
 
@@ -102,34 +107,6 @@ class Models(mlx_server.ModelProvider):
             raise RequestError(404, str(error), "model_not_found") from error
 
 
-class _Answers:
-    """The queue of one request's answers, which ends a prefill that nobody waits for."""
-
-    def __init__(self, queue: Any) -> None:
-        self._queue = queue
-        self.context: Any = None
-        self.has_failed = False
-
-    def put(self, item: Any) -> None:
-        if isinstance(item, mlx_server.GenerationContext):
-            self.context = item
-        elif isinstance(item, tuple) and self.context is not None and self.context._should_stop:
-            raise ClientGone("the client is gone")
-        elif isinstance(item, Exception):
-            self.has_failed = True
-            if not isinstance(item, (RequestError, ClientGone)):
-                logging.error("the generation stopped", exc_info=item)
-            _forget_frames(item)
-        self._queue.put(item)
-
-
-def _forget_frames(error: BaseException | None) -> None:
-    """Let go of what the functions that an error came through held, caches among them."""
-    while error is not None:
-        error.__traceback__ = None
-        error = error.__cause__ or error.__context__
-
-
 class Generator(mlx_server.ResponseGenerator):
     """mlx-lm's generation thread, which refuses what does not fit before it is computed."""
 
@@ -138,6 +115,8 @@ class Generator(mlx_server.ResponseGenerator):
     def __init__(self, model_provider: Models, prompt_cache: PromptCache) -> None:
         self._is_ready = threading.Event()
         self._load_error: Exception | None = None
+        self._vocabulary: tuple[Any, int] = None, 0
+        """Size by the key of the models."""
         super().__init__(model_provider, prompt_cache)
 
     def wait_until_loaded(self) -> None:
@@ -160,26 +139,80 @@ class Generator(mlx_server.ResponseGenerator):
             self._is_ready.set()
         super()._generate()
 
+    def _next_request(self, *args: Any, **kwargs: Any) -> Any:
+        taken = super()._next_request(*args, **kwargs)
+        if taken is None:
+            return None
+        queue, request, wanted = taken
+        answers = Answers(queue, wanted, lambda: self.model_provider.tokenizer)
+        # mlx-lm looks for stop strings among tokens, and misses those that begin inside one
+        return answers, request, replace(wanted, stop_words=[])
+
     def _serve_single(self, request: Any, *args: Any) -> None:
-        queue, *others = request
-        answers = _Answers(queue)
-        super()._serve_single((answers, *others), *args)
+        answers, *_ = request
+        answers.is_alone = True
+        super()._serve_single(request, *args)
         if answers.has_failed and answers.context is not None:
             # the layers of its cache, which is of no use, hold each other
             gc.collect()
         self.prompt_cache.reserved = RequestBytes()
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        self._fit_vocabulary(request, args)
+        malformed = malformed_calls(request.messages)
         try:
-            tokenized = super()._tokenize(tokenizer, request, args)
+            tokenized = self._tokenized(tokenizer, request, args, malformed)
         except Exception as error:
             message = f"the prompt cannot be made into tokens: {error_text(error)}"
             raise RequestError(400, message) from error
         prompt = tokenized[0]
-        if not len(prompt):
+        if not isinstance(prompt, list) or not all(isinstance(x, int) for x in prompt):
+            raise RequestError(400, "the chat template's arguments make something else than tokens")
+        if not prompt:
             raise RequestError(400, "the prompt is empty")
         self.prompt_cache.reserved = self._admit(len(prompt), args.max_tokens)
         return tokenized
+
+    def _tokenized(self, tokenizer: Any, request: Any, args: Any, malformed: Any) -> Any:
+        if isinstance(request.prompt, list):
+            tokenizer = SimpleNamespace(encode=list)
+        try:
+            return super()._tokenize(tokenizer, request, args)
+        except Exception:
+            if not malformed:
+                raise
+            wrap_arguments(malformed)
+            return super()._tokenize(tokenizer, request, args)
+
+    def _fit_vocabulary(self, request: Any, args: Any) -> None:
+        """Refuse tokens that the models do not have; MLX would read beyond its arrays."""
+        biases = args.logits.logit_bias or {}
+        ids = request.prompt if isinstance(request.prompt, list) else []
+        if not (biases or ids or args.sampling.top_k):
+            return
+        n_tokens = self._n_tokens()
+        for name, tokens in (("logit_bias", biases), ("prompt", ids)):
+            outside = [x for x in tokens if not 0 <= x < n_tokens]
+            if outside:
+                raise RequestError(
+                    400, f"{name} has token {outside[0]}, and the vocabulary ends at {n_tokens - 1}"
+                )
+        if args.sampling.top_k >= n_tokens:
+            args.sampling.top_k = 0
+
+    def _n_tokens(self) -> int:
+        """Tokens that the models and the tokenizer know."""
+        provider: Any = self.model_provider
+        if self._vocabulary[0] == provider.model_key:
+            return self._vocabulary[1]
+        sizes = [len(provider.tokenizer.get_vocab())]
+        for model in (provider.model, provider.draft_model):
+            if model is not None:
+                # a call that is never computed
+                logits = model(mx.zeros((1, 1), mx.int32), cache=native_caches(model))
+                sizes.append(logits.shape[-1])
+        self._vocabulary = provider.model_key, min(sizes)
+        return self._vocabulary[1]
 
     def _admit(self, n_prompt: int, n_answer: int) -> RequestBytes:
         """What a request takes; raises if there is no room for it."""
@@ -198,12 +231,6 @@ class Generator(mlx_server.ResponseGenerator):
                 "context_length_exceeded",
             )
         return need
-
-    def _make_state_machine(self, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return super()._make_state_machine(*args, **kwargs)
-        except Exception as error:
-            raise RequestError(400, f"stop must be strings: {error_text(error)}") from error
 
     def memory(self) -> dict[str, Any]:
         """What ``GET /xkv/memory`` answers."""

@@ -9,57 +9,16 @@ import select
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from http import HTTPStatus
 from typing import Any
 
 from mlx_lm import server as mlx_server
 
-MEMORY_PATH = "/xkv/memory"
+from xkv.backends.mlx_metal.server.answers import Answer
+from xkv.backends.mlx_metal.server.errors import MEMORY_PATH, ClientGone, RequestError
+from xkv.backends.mlx_metal.server.request import checked
 
-_MESSAGES = {
-    HTTPStatus.BAD_REQUEST: "the request must be a JSON object",
-    HTTPStatus.NOT_FOUND: "no such path; there are /v1/chat/completions, /v1/completions, "
-    f"/v1/models, /health and {MEMORY_PATH}",
-    HTTPStatus.LENGTH_REQUIRED: "the request has no Content-Length",
-}
-
-
-class RequestError(Exception):
-    """Why a request gets no answer.
-
-    Args:
-        status: HTTP status.
-        message: A sentence.
-        code: OpenAI's name for it.
-    """
-
-    def __init__(self, status: int, message: str, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        kind = "invalid_request_error" if status < 500 else "server_error"
-        self.body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
-
-    @classmethod
-    def of(cls, error: BaseException | None, status: int) -> RequestError:
-        """An error that came up while serving, or None with the status mlx-lm gives it."""
-        if isinstance(error, RequestError):
-            return error
-        if error is None:
-            return cls(status, _MESSAGES.get(HTTPStatus(status), HTTPStatus(status).phrase))
-        # mlx-lm calls whatever stops a generation 404
-        return cls(500 if status == HTTPStatus.NOT_FOUND else status, error_text(error))
-
-
-def error_text(error: BaseException) -> str:
-    """An error by its message, and its class where that does not say much."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"the request is not JSON: {error}"
-    is_sentence = isinstance(error, (ValueError, AssertionError)) and " " in str(error)
-    return str(error) if is_sentence else f"{type(error).__name__}: {error}"
-
-
-class ClientGone(ConnectionError):
-    """Nobody waits for the answer any more."""
+_COLDEST = 2e-4
+"""Below it log probabilities over the temperature leave float16's range: greedy."""
 
 
 class _Client:
@@ -68,6 +27,9 @@ class _Client:
     def __init__(self, generator: Any, connection: socket.socket) -> None:
         self._generator = generator
         self._connection = connection
+        self._entries: list[dict[str, Any]] = []
+        self.end: str | None = None
+        """Why the answer ended."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._generator, name)
@@ -80,10 +42,18 @@ class _Client:
         context, answers = self._generator.generate(request, args, progress)
         return context, self._checked(answers)
 
-    def _checked(self, answers: Iterator[Any]) -> Iterator[Any]:
+    def _checked(self, answers: Iterator[Answer]) -> Iterator[Answer]:
         for answer in answers:
             self._check()
+            self.end = answer.end
+            if answer.entry is not None:
+                self._entries.append(answer.entry)
             yield answer
+
+    def take_entries(self) -> list[dict[str, Any]]:
+        """Log probabilities of the tokens since the last call."""
+        taken, self._entries = self._entries, []
+        return taken
 
     def _check(self) -> None:
         is_readable = select.select([self._connection], [], [], 0)[0]
@@ -96,21 +66,51 @@ class Handler(mlx_server.APIHandler):
 
     def __init__(self, generator: Any, request: Any, *args: Any, **kwargs: Any) -> None:
         self._has_begun = False
+        self._has_called = False
         client: Any = _Client(generator, request)
         super().__init__(client, request, *args, **kwargs)
 
     def do_POST(self) -> None:
         # whatever stops mlx-lm before it generates is in the request
         with self._answering_errors(400):
+            if self.headers.get("Content-Length", "").startswith("-"):
+                raise RequestError(400, "the Content-Length is negative")
             super().do_POST()
+
+    @property
+    def body(self) -> Any:
+        """The request, as mlx-lm reads it."""
+        return self._body
+
+    @body.setter
+    def body(self, value: Any) -> None:
+        self._body = checked(value) if isinstance(value, dict) else value
 
     def validate_model_parameters(self) -> None:
         super().validate_model_parameters()
-        self._validate("seed", int, min_val=0, optional=True)
+        if self.temperature < _COLDEST:
+            self.temperature = 0.0
         self._validate("requested_draft_model", str)
         self._validate("stream_options", dict, optional=True)
         if self.stream_options is not None:
             self.stream_options = {"include_usage": False, **self.stream_options}
+
+    def generate_response(
+        self, text: str, finish_reason: Any, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """mlx-lm's, with the end and the log probabilities of :class:`Answer`."""
+        client: Any = self.response_generator
+        self._has_called = self._has_called or bool(kwargs.get("tool_calls"))
+        if finish_reason is not None:
+            finish_reason = client.end or finish_reason
+        if finish_reason == "stop" and self._has_called:
+            finish_reason = "tool_calls"
+        kwargs.update(token_logprobs=None, top_tokens=None)
+        response = super().generate_response(text, finish_reason, *args, **kwargs)
+        entries = client.take_entries()
+        if entries:
+            response["choices"][0]["logprobs"] = {"content": entries}
+        return response
 
     def handle_completion(self, *args: Any) -> None:
         try:

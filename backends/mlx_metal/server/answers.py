@@ -1,0 +1,130 @@
+"""What goes from the generation thread to a client's thread."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_lm import server as mlx_server
+
+from xkv.backends.mlx_metal.server.errors import ClientGone, RequestError, error_text
+from xkv.backends.mlx_metal.server.stops import StopText
+
+_LEAST_LOGPROB = -9999.0
+"""OpenAI's for tokens that cannot be; JSON has no infinity."""
+
+
+@dataclass
+class Answer(mlx_server.Response):
+    """One token of an answer.
+
+    mlx-lm drops text that comes with the reason "stop", so that every end is a "length" to it.
+    """
+
+    end: str | None = None
+    """Why the answer ends here, if it does."""
+    entry: dict[str, Any] | None = None
+    """The sampled token and the likeliest ones, as OpenAI's ``logprobs.content`` has them."""
+
+
+class Answers:
+    """The queue of one request's answers, which end before a stop string.
+
+    Args:
+        queue: What the client's thread reads.
+        args: The request's.
+        tokenizer: Gives the one of the model that serves the request.
+    """
+
+    def __init__(self, queue: Any, args: Any, tokenizer: Callable[[], Any]) -> None:
+        self._queue = queue
+        self._stops = StopText(args.stop_words)
+        self._has_logprobs = args.logprobs or args.top_logprobs > 0
+        self._tokenizer = tokenizer
+        self._is_done = False
+        self.context: Any = None
+        self.is_alone = False
+        """Whether the request is served by itself, so that its prefill can be ended."""
+        self.has_failed = False
+
+    def put(self, item: Any) -> None:
+        """Send an item on.
+
+        Raises:
+            ClientGone: If it is the progress of a prefill that nobody waits for.
+        """
+        if self._is_done:
+            return
+        if isinstance(item, mlx_server.GenerationContext):
+            self.context = item
+            if item.tool_parser is not None:
+                item.tool_parser = _checked_calls(item.tool_parser)
+        elif isinstance(item, mlx_server.Response):
+            item = self._cut(item)
+        elif isinstance(item, tuple):
+            if self.is_alone and self.context is not None and self.context._should_stop:
+                raise ClientGone("the client is gone")
+        elif isinstance(item, Exception):
+            self.has_failed = True
+            if not isinstance(item, (RequestError, ClientGone)):
+                logging.error("the generation stopped", exc_info=item)
+            _forget_frames(item)
+        self._queue.put(item)
+        if self._stops.is_found:
+            self._is_done = True
+            self._queue.put(None)
+
+    def _cut(self, response: Any) -> Answer:
+        text, end = self._stops.add(response.text), response.finish_reason
+        if end is not None and not self._stops.is_found:
+            text += self._stops.end()
+        if self._stops.is_found:
+            end = "stop"
+            self.context.stop()
+        return Answer(
+            text,
+            response.token,
+            response.logprob,
+            None if end is None else "length",
+            response.top_tokens,
+            end,
+            self._entry(response) if self._has_logprobs else None,
+        )
+
+    def _entry(self, response: Any) -> dict[str, Any]:
+        top = sorted(response.top_tokens, key=lambda x: x["logprob"], reverse=True)
+        return {
+            **self._named(response.token, response.logprob),
+            "top_logprobs": [self._named(x["id"], x["logprob"]) for x in top],
+        }
+
+    def _named(self, token: int, logprob: float) -> dict[str, Any]:
+        text = self._tokenizer().decode([token])
+        least = logprob if math.isfinite(logprob) else _LEAST_LOGPROB
+        return {"id": token, "token": text, "bytes": list(text.encode()), "logprob": least}
+
+
+def _checked_calls(parser: Callable[..., Any]) -> Callable[..., Any]:
+    """A tool parser that raises nothing but what mlx-lm expects, whatever the model wrote."""
+
+    def parse(text: str, tools: Any) -> Any:
+        try:
+            parsed = parser(text, tools)
+        except Exception as error:
+            raise ValueError(error_text(error)) from error
+        calls: Sequence[Any] = parsed if isinstance(parsed, list) else [parsed]
+        if not all(isinstance(x, dict) and {"name", "arguments"} <= x.keys() for x in calls):
+            raise ValueError("a tool call has a name and arguments")
+        return parsed
+
+    return parse
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Let go of what the functions that an error came through held, caches among them."""
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__cause__ or error.__context__
