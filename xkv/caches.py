@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from xkv.config import XKVConfig
@@ -46,13 +47,13 @@ def save_prompt_cache(file_name: str, cache: Any, metadata: dict[str, str] | Non
 
     Args:
         file_name: A ``.safetensors`` file, laid out as mlx-lm's prompt caches.
-        cache: mlx-lm's list of caches, or what :func:`xkv.torch_cache` gave.
+        cache: mlx-lm's list or tuple of caches, or what :func:`xkv.torch_cache` gave.
         metadata: Strings to keep with it.
 
     Raises:
         InputError: If the file cannot be written.
     """
-    backend = "mlx" if isinstance(cache, list) else "torch"
+    backend = "mlx" if isinstance(cache, Sequence) else "torch"
     load_backend_module(backend).save_prompt_cache(file_name, cache, metadata)
 
 

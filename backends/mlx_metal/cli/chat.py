@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -12,6 +11,7 @@ import mlx.core as mx
 
 from xkv.backends.mlx_metal.cli.commands import Command, run
 from xkv.backends.mlx_metal.model.memory import cache_text
+from xkv.backends.mlx_metal.model.snapshot import Snapshot
 from xkv.cli.terminal import ProgressBars
 
 
@@ -49,7 +49,7 @@ def _interruptible(original: Callable[..., Iterator[Any]]) -> Callable[..., Iter
     def stream_generate(
         model: Any, tokenizer: Any, prompt: Any, *, prompt_cache: list[Any], **kwargs: Any
     ) -> Iterator[Any]:
-        before = copy.deepcopy(prompt_cache)
+        before = Snapshot(prompt_cache)
         try:
             with ProgressBars() as bars:
                 for response in original(
@@ -65,7 +65,7 @@ def _interruptible(original: Callable[..., Iterator[Any]]) -> Callable[..., Iter
                     bars.close()
                     yield response
         except KeyboardInterrupt:
-            prompt_cache[:] = before
+            before.restore()
             print(
                 "\ninterrupted: this message is forgotten, the conversation before it is kept",
                 file=sys.stderr,

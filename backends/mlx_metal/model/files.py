@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ import mlx.core as mx
 from mlx_lm.models import cache as mlx_cache
 
 from xkv.backends.mlx_metal.model.cache import XKVCache
+from xkv.backends.mlx_metal.model.prefill import flatten
 from xkv.cache.whole_file import whole_file
 from xkv.errors import InputError
 
 
 def save_prompt_cache(
-    file_name: str, cache: list[Any], metadata: dict[str, str] | None = None
+    file_name: str, cache: Sequence[Any], metadata: dict[str, str] | None = None
 ) -> None:
     """Save a prompt cache, compressed or not, as ``mlx_lm.models.cache.save_prompt_cache`` does.
 
@@ -33,9 +34,9 @@ def save_prompt_cache(
     path = Path(file_name)
     if path.suffix != ".safetensors":
         path = path.with_name(path.name + ".safetensors")  # as mx.save_safetensors does
-    n_bytes = sum(layer.nbytes for layer in cache if isinstance(layer, XKVCache))
+    n_bytes = sum(layer.nbytes for layer in flatten(cache) if isinstance(layer, XKVCache))
     with whole_file(path, n_bytes, (RuntimeError,)) as beside:
-        mlx_cache.save_prompt_cache(beside, cache, metadata or {})
+        mlx_cache.save_prompt_cache(beside, list(cache), metadata or {})
 
 
 def load_prompt_cache(file_name: str, return_metadata: bool = False) -> Any:

@@ -8,6 +8,7 @@ every decoder layer's class is replaced by one that does this, and otherwise doe
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -31,6 +32,23 @@ def flatten(caches: Sequence[Any]) -> Iterator[Any]:
     """The caches of a prompt cache, those in mlx-lm's ``CacheList`` one by one."""
     for cache in caches:
         yield from flatten(cache.caches) if hasattr(cache, "caches") else [cache]
+
+
+def mapped(caches: Sequence[Any], replace: Callable[[Any], Any]) -> list[Any]:
+    """A prompt cache with others in the place of its caches, in ``CacheList`` too."""
+    found = []
+    for cache in caches:
+        if hasattr(cache, "caches"):
+            cache.caches = tuple(mapped(cache.caches, replace))
+            found.append(cache)
+        else:
+            found.append(replace(cache))
+    return found
+
+
+def held_arrays(caches: Sequence[Any]) -> list[Any]:
+    """What a prompt cache holds, to be evaluated."""
+    return [x.layer.arrays() if isinstance(x, XKVCache) else x.state for x in flatten(caches)]
 
 
 class Prefill:
@@ -116,7 +134,7 @@ class Prefill:
                 raise CannotChunk(f"{_layer_name(call)} returns more than hidden states")
             outputs.append(output)
             if not self.is_dry_run:
-                mx.eval(output, _held(cache))
+                mx.eval(output, held_arrays([] if cache is None else [cache]))
                 self._report(end, n_tokens)
         hidden = mx.concatenate(outputs, axis=1)
         del outputs, output
@@ -161,23 +179,28 @@ class Prefill:
 
 
 class LayerwisePrefill:
-    """Takes over the decoder layers of one model until :meth:`remove`."""
+    """Takes over the decoder layers of one model until :meth:`remove`.
+
+    The layers' classes hold it, so it does not hold the layers.
+    """
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = [x for x in getattr(model, "layers", []) if isinstance(x, nn.Module)]
-        self.current: nn.Module | None = None
-        """The layer that was called last."""
+        layers = [x for x in getattr(model, "layers", []) if isinstance(x, nn.Module)]
+        self._classes = [(weakref.ref(layer), type(layer)) for layer in layers]
         self._running: dict[int, Prefill] = {}
-        self._classes = [type(layer) for layer in self.layers]
-        taken = {cls: self._subclass(cls) for cls in set(self._classes)}
-        for layer in self.layers:
+        taken = {cls: self._subclass(cls) for _, cls in self._classes}
+        for layer in layers:
             layer.__class__ = taken[type(layer)]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the model lists no layers."""
+        return not self._classes
 
     def _subclass(self, cls: type) -> type:
         signature = inspect.signature(cls.__call__)
 
         def call(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            self.current = layer
             if self._running:
                 bound = signature.bind(layer, *args, **kwargs)
                 bound.apply_defaults()
@@ -212,15 +235,11 @@ class LayerwisePrefill:
 
     def remove(self) -> None:
         """Give the layers their own classes back."""
-        for layer, cls in zip(self.layers, self._classes, strict=True):
-            layer.__class__ = cls
+        for reference, cls in self._classes:
+            layer = reference()
+            if layer is not None:
+                layer.__class__ = cls
 
 
 def _layer_name(call: inspect.BoundArguments) -> str:
     return type(next(iter(call.arguments.values()))).__name__
-
-
-def _held(cache: Any) -> list[Any]:
-    """Arrays to evaluate after a chunk."""
-    parts = flatten([] if cache is None else [cache])
-    return [x.layer.arrays() if isinstance(x, XKVCache) else x.state for x in parts]

@@ -11,7 +11,13 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as mlx_cache
 
-from xkv.backends.mlx_metal.model.prefill import CannotChunk, LayerwisePrefill, Prefill, flatten
+from xkv.backends.mlx_metal.model.prefill import (
+    CannotChunk,
+    LayerwisePrefill,
+    Prefill,
+    flatten,
+    mapped,
+)
 from xkv.backends.mlx_metal.model.ropes import is_rope_name, rope_of
 from xkv.backends.mlx_metal.model.seam import AttendingCache, attention_seam
 from xkv.errors import InputError
@@ -116,10 +122,12 @@ class _Watch:
             self.outputs.clear()
 
     def _subclass(self, cls: type) -> type:
+        outputs = self.outputs  # not the watch, which holds the modules
+
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             output = cls.__call__(module, *args, **kwargs)
             if isinstance(output, mx.array):
-                self.outputs.append((module, output))
+                outputs.append((module, output))
             return output
 
         return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
@@ -167,13 +175,9 @@ def probe_model(model: nn.Module, layers: LayerwisePrefill) -> ModelProbe:
 
 def _probe_caches(model: nn.Module, watch: _Watch) -> list[Any]:
     def probe(cache: Any) -> Any:
-        if type(cache) is mlx_cache.KVCache:
-            return _ProbeCache(watch)
-        if hasattr(cache, "caches"):
-            cache.caches = tuple(probe(part) for part in cache.caches)
-        return cache
+        return _ProbeCache(watch) if type(cache) is mlx_cache.KVCache else cache
 
-    return [probe(cache) for cache in mlx_cache.make_prompt_cache(model)]
+    return mapped(mlx_cache.make_prompt_cache(model), probe)
 
 
 def _call(model: Any, caches: list[Any]) -> None:
@@ -183,7 +187,7 @@ def _call(model: Any, caches: list[Any]) -> None:
 
 def _try_layerwise(model: nn.Module, layers: LayerwisePrefill, watch: _Watch) -> str | None:
     """Why whole prompts cannot go through layer by layer, or None."""
-    if not layers.layers:
+    if layers.is_empty:
         return "the model does not list its layers"
     caches = _probe_caches(model, watch)
     prefill = Prefill(caches, PROBE_STEP)

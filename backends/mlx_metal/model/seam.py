@@ -40,7 +40,7 @@ class Patch:
     Models import their attention by name, and so do programs with the generation loops.
 
     Args:
-        home: The module that defines it.
+        home: The module, or the class, that defines it.
         name: Its name there.
         replace: Makes the replacement of the original.
     """
@@ -69,10 +69,10 @@ class Patch:
             self._rebind(self._mine, self._original)
 
     def _rebind(self, old: Any, new: Any) -> None:
-        for module in list(sys.modules.values()):
-            names = getattr(module, "__dict__", None)
+        for holder in (self._home, *sys.modules.values()):
+            names = getattr(holder, "__dict__", None)
             if names is not None and names.get(self._name) is old:
-                names[self._name] = new
+                setattr(holder, self._name, new)
 
 
 def _attention_of(original: Callable[..., mx.array]) -> Callable[..., mx.array]:

@@ -1,0 +1,209 @@
+"""What enabling leaves on a model: how its prompt caches are made and checked."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import cache as mlx_cache
+
+from xkv.backends.mlx_metal.backend import MLXBackend
+from xkv.backends.mlx_metal.model.cache import XKVCache
+from xkv.backends.mlx_metal.model.identity import model_fingerprint, model_name
+from xkv.backends.mlx_metal.model.prefill import (
+    LayerwisePrefill,
+    Prefill,
+    Progress,
+    flatten,
+    held_arrays,
+    mapped,
+)
+from xkv.backends.mlx_metal.model.probe import probe_model
+from xkv.backends.mlx_metal.model.projection import output_energies
+from xkv.cache.lowrank_cache import LowRankCache
+from xkv.cache.state import check_config
+from xkv.config import DECODE_TOKENS, XKVConfig
+from xkv.errors import InputError
+from xkv.planning.cache_plan import CachePlan
+
+_ATTRIBUTE = "_xkv"
+
+
+class Enabled:
+    """A model whose prompt caches are ours. The model holds it, and not the other way round.
+
+    Args:
+        model: From ``mlx_lm.load``, not enabled.
+        config: How to compress.
+        backend: Does the arithmetic of its caches.
+
+    Raises:
+        InputError: If nothing of the model can be compressed, with the reason.
+    """
+
+    def __init__(self, model: nn.Module, config: XKVConfig, backend: MLXBackend) -> None:
+        self._model = weakref.ref(model)
+        self.backend = backend
+        self.on_factor: Callable[[int, int], None] | None = None
+        """Called with (factorizations done, factorizations in all)."""
+        self.unpatch: Callable[[], Any] = lambda: None
+        """Called when the model is disabled."""
+        self.layers = LayerwisePrefill(model)
+        try:
+            probe = probe_model(model, self.layers)
+            self.plan = CachePlan.of_probe(model_name(model), config, probe)
+            self.fingerprint = model_fingerprint(model)
+        except BaseException:
+            self.layers.remove()
+            raise
+        model.make_cache = self.make_cache
+        setattr(model, _ATTRIBUTE, self)
+
+    @property
+    def model(self) -> nn.Module:
+        model = self._model()
+        if model is None:
+            raise InputError("the model was deleted")
+        return model
+
+    def remove(self) -> None:
+        """Give the model its own cache back."""
+        delattr(self.model, _ATTRIBUTE)
+        del self.model.make_cache
+        self.layers.remove()
+        self.unpatch()
+
+    def make_cache(self) -> list[Any]:
+        """What mlx-lm calls to make a prompt cache."""
+        caches = planned_caches(self.model, self.plan, self.backend, self.on_factor)
+        cache = lowrank_cache(caches)
+        assert cache is not None
+        cache.fingerprint = self.fingerprint
+        cache.is_streaming = self.plan.probe.why_not_layerwise is not None
+        return caches
+
+    def check(self, caches: Sequence[Any]) -> None:
+        """Take a cache, or refuse one of another model or configuration, as from a file.
+
+        Raises:
+            InputError: With what differs.
+        """
+        cache = lowrank_cache(caches)
+        if cache is None:
+            return
+        if len(list(flatten(caches))) != len(self.plan.probe.caches) or (
+            cache.fingerprint is not None and cache.fingerprint != self.fingerprint
+        ):
+            raise InputError("the prompt cache was made by another model than the one it is for")
+        check_config(self.plan.config, cache.config)
+        cache.backend = self.backend
+
+    def is_layerwise(self, caches: Sequence[Any], n_tokens: int) -> bool:
+        """Whether a prompt of ``n_tokens`` goes into a cache layer by layer."""
+        return (
+            lowrank_cache(caches) is not None
+            and self.plan.probe.why_not_layerwise is None
+            and n_tokens > DECODE_TOKENS
+        )
+
+    @contextlib.contextmanager
+    def layerwise(
+        self,
+        caches: Sequence[Any],
+        step_size: int,
+        on_progress: Progress = lambda done, total: None,
+    ) -> Iterator[None]:
+        """Calls of the model inside take a prompt layer by layer.
+
+        Args:
+            caches: The prompt cache.
+            step_size: Most tokens that a layer takes at a time.
+            on_progress: Called with tokens done and in all.
+        """
+        prefill = Prefill(caches, max(step_size, DECODE_TOKENS + 1), on_progress)
+        self.layers.start(prefill)
+        try:
+            yield
+        finally:
+            self.layers.stop(prefill)
+
+
+def enabled_state(model: nn.Module) -> Enabled | None:
+    """What :func:`xkv.enable` left on a model."""
+    return vars(model).get(_ATTRIBUTE)
+
+
+def plan_cache(model: nn.Module, config: XKVConfig) -> CachePlan:
+    """Look at a model, and decide what becomes of each of its caches.
+
+    Raises:
+        InputError: If nothing of it can be compressed, with the reason.
+    """
+    enabled = enabled_state(model)
+    if enabled is not None:
+        return CachePlan.of_probe(model_name(model), config, enabled.plan.probe)
+    layers = LayerwisePrefill(model)
+    try:
+        return CachePlan.of_probe(model_name(model), config, probe_model(model, layers))
+    finally:
+        layers.remove()
+
+
+def planned_caches(
+    model: nn.Module,
+    plan: CachePlan,
+    backend: MLXBackend,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[Any]:
+    """A new prompt cache for a model."""
+    energies = output_energies(backend, model, plan)
+    cache = plan.lowrank_cache(backend, on_progress, energies)
+    ropes = [probe.rope for probe in plan.probe.caches]
+    numbers = iter(range(len(ropes)))
+
+    def compressed(native: Any) -> Any:
+        i = next(numbers)
+        return XKVCache(cache.layers[i], ropes[i]) if i in cache.layers else native
+
+    return mapped(native_caches(model), compressed)
+
+
+def native_caches(model: nn.Module) -> list[Any]:
+    """mlx-lm's own prompt cache, of an enabled model too."""
+    mine = vars(model).pop("make_cache", None)
+    try:
+        return mlx_cache.make_prompt_cache(model)
+    finally:
+        if mine is not None:
+            model.make_cache = mine
+
+
+def lowrank_cache(caches: Sequence[Any]) -> LowRankCache | None:
+    """The compressed cache behind a prompt cache, None if it has none."""
+    return next((x.layer.cache for x in flatten(caches) if isinstance(x, XKVCache)), None)
+
+
+def prefill_prompt(
+    model: nn.Module, caches: Sequence[Any], tokens: mx.array, step_size: int
+) -> None:
+    """Take tokens ``[L]`` into a prompt cache, layer by layer if the model is enabled.
+
+    Args:
+        model: Enabled or not.
+        caches: Its prompt cache.
+        tokens: Of the prompt, but for its last one.
+        step_size: Most tokens that the model, or a layer, takes at a time.
+    """
+    enabled, caches = enabled_state(model), list(caches)
+    if enabled is not None and enabled.is_layerwise(caches, len(tokens)):
+        with enabled.layerwise(caches, step_size):
+            model(tokens[None], cache=caches)
+        return
+    for start in range(0, len(tokens), step_size):
+        model(tokens[None, start : start + step_size], cache=caches)
+        mx.eval(held_arrays(caches))
+        mx.clear_cache()

@@ -1,0 +1,223 @@
+"""mlx-lm's functions for a model that is enabled; for every other model they are as they were."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models import cache as mlx_cache
+
+from xkv.backends.mlx_metal.model import seam
+from xkv.backends.mlx_metal.model.cache import XKVCache
+from xkv.backends.mlx_metal.model.enabled import (
+    Enabled,
+    enabled_state,
+    lowrank_cache,
+    prefill_prompt,
+)
+from xkv.backends.mlx_metal.model.prefill import flatten
+from xkv.backends.mlx_metal.model.snapshot import undone_on_error
+from xkv.config import DECODE_TOKENS
+from xkv.errors import InputError
+
+STEP_SIZE, DRAFT_STEP_SIZE = 2048, 512
+"""mlx-lm's defaults of ``prefill_step_size``, alone and with a draft model."""
+
+_GENERATE = seam.module("mlx_lm.generate")
+
+
+def _generate_step_of(original: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    @functools.wraps(original)
+    def generate_step(prompt: mx.array, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        enabled = enabled_state(model)
+        if enabled is None:
+            return original(prompt, model, *args, **kwargs)
+        return _generate(original, enabled, prompt, model, args, kwargs)
+
+    return generate_step
+
+
+def _generate(
+    original: Callable[..., Iterator[Any]],
+    enabled: Enabled,
+    prompt: mx.array,
+    model: nn.Module,
+    args: Any,
+    kwargs: Any,
+) -> Iterator[Any]:
+    """``generate_step`` with the prompt going through layer by layer."""
+    _refuse_native_options(kwargs)
+    if kwargs.get("prompt_cache") is None:
+        kwargs["prompt_cache"] = enabled.make_cache()
+    caches = kwargs["prompt_cache"]
+    enabled.check(caches)
+    if lowrank_cache(caches) is None:
+        yield from original(prompt, model, *args, **kwargs)
+        return
+    embeddings = kwargs.get("input_embeddings")
+    n_tokens = len(prompt if embeddings is None else embeddings)
+    with undone_on_error(caches):
+        if enabled.is_layerwise(caches, n_tokens - 1):
+            step_size = kwargs.get("prefill_step_size", STEP_SIZE)
+            progress = kwargs.get("prompt_progress_callback") or (lambda done, total: None)
+            kwargs["prefill_step_size"] = n_tokens
+            steps = original(prompt, model, *args, **kwargs)
+            with enabled.layerwise(caches, step_size, progress):
+                first = next(steps, None)
+        else:
+            steps = original(prompt, model, *args, **kwargs)
+            first = next(steps, None)
+    if first is not None:
+        yield first
+        yield from steps
+
+
+def _speculative_of(original: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    @functools.wraps(original)
+    def speculative_generate_step(
+        prompt: mx.array, model: nn.Module, draft_model: nn.Module, *args: Any, **kwargs: Any
+    ) -> Any:
+        models = model, draft_model
+        if not any(map(enabled_state, models)):
+            return original(prompt, *models, *args, **kwargs)
+        return _speculate(original, prompt, models, args, kwargs)
+
+    return speculative_generate_step
+
+
+def _speculate(
+    original: Callable[..., Iterator[Any]],
+    prompt: mx.array,
+    models: tuple[nn.Module, nn.Module],
+    args: Any,
+    kwargs: Any,
+) -> Iterator[Any]:
+    """``speculative_generate_step`` with both models' prompt going through layer by layer."""
+    _refuse_native_options(kwargs)
+    if kwargs.get("num_draft_tokens", 0) >= DECODE_TOKENS:
+        raise InputError(
+            f"{kwargs['num_draft_tokens']} draft tokens at a time are too many: more than "
+            f"{DECODE_TOKENS - 1} would count as a prompt"
+        )
+    parts = _caches_of(models, kwargs.get("prompt_cache"))
+    n_answer = kwargs.get("max_tokens", 256)
+    for model, caches in zip(models, parts, strict=True):
+        enabled = enabled_state(model)
+        if enabled is not None:
+            enabled.check(caches)
+        _refuse_windows(caches, None if n_answer < 0 else len(prompt) + n_answer)
+    kwargs["prompt_cache"] = [*parts[0], *parts[1]]
+    stream = args[0] if args else kwargs.get("stream", _GENERATE.generation_stream)
+    step_size = kwargs.get("prefill_step_size", DRAFT_STEP_SIZE)
+    with undone_on_error(kwargs["prompt_cache"]):
+        with mx.stream(stream):
+            for model, caches in zip(models, parts, strict=True):
+                prefill_prompt(model, caches, prompt[:-1], step_size)
+        steps = original(prompt[-1:], *models, *args, **kwargs)
+        first = next(steps, None)
+    if first is not None:
+        yield first
+        yield from steps
+
+
+def _caches_of(
+    models: tuple[nn.Module, nn.Module], prompt_cache: Sequence[Any] | None
+) -> tuple[list[Any], list[Any]]:
+    """The caches of a model and of its draft model, as mlx-lm tells them apart."""
+    n_layers, n_draft_layers = (len(model.layers) for model in models)
+    if prompt_cache is None:
+        prompt_cache = [x for model in models for x in mlx_cache.make_prompt_cache(model)]
+    if len(prompt_cache) != n_layers + n_draft_layers:
+        raise InputError(
+            f"the prompt cache has {len(prompt_cache)} layers, and the two models have "
+            f"{n_layers} and {n_draft_layers}: make one for each, and join them"
+        )
+    return list(prompt_cache[:n_layers]), list(prompt_cache[n_layers:])
+
+
+def _refuse_native_options(kwargs: dict[str, Any]) -> None:
+    for name, flag in (("kv_bits", "--kv-bits"), ("max_kv_size", "--max-kv-size")):
+        if kwargs.get(name) is not None:
+            raise InputError(
+                f"{flag} changes mlx-lm's own cache, which xKV replaces: leave it out, or "
+                "run without xKV"
+            )
+
+
+def _refuse_windows(caches: Sequence[Any], n_tokens: int | None) -> None:
+    """Refuse caches from which drafts cannot be taken back; mlx-lm would go on without a word.
+
+    Args:
+        caches: Of one model.
+        n_tokens: Of the prompt and the answer, None for no end.
+    """
+    for cache in flatten(caches):
+        window = getattr(cache, "max_size", None) or getattr(cache, "chunk_size", None)
+        if window is not None and (n_tokens is None or cache.offset + n_tokens >= window):
+            text = "an answer without end" if n_tokens is None else f"{n_tokens} tokens"
+            raise InputError(
+                f"a layer with a window of {window} tokens cannot take drafts back once it is "
+                f"full, and {text} would fill it: leave the draft model out"
+            )
+        if not cache.is_trimmable():
+            raise InputError(
+                "a layer's state cannot take drafts back as a KV cache can: leave the draft "
+                "model out"
+            )
+
+
+def _make_prompt_cache_of(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    @functools.wraps(original)
+    def make_prompt_cache(model: nn.Module, max_kv_size: int | None = None) -> list[Any]:
+        if max_kv_size is not None and enabled_state(model) is not None:
+            _refuse_native_options({"max_kv_size": max_kv_size})
+        return original(model, max_kv_size)
+
+    return make_prompt_cache
+
+
+def _insert_segments_of(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def insert_segments(batches: Any, *args: Any, **kwargs: Any) -> Any:
+        if enabled_state(batches.model) is not None:
+            raise InputError(
+                "compressed caches cannot be batched yet: give the model one prompt at a time "
+                "with generate or stream_generate, or disable xKV for it"
+            )
+        return original(batches, *args, **kwargs)
+
+    return insert_segments
+
+
+_PATCHES = (
+    seam.ATTENTION,
+    seam.Patch(_GENERATE, "generate_step", _generate_step_of),
+    seam.Patch(_GENERATE, "speculative_generate_step", _speculative_of),
+    seam.Patch(mlx_cache, "make_prompt_cache", _make_prompt_cache_of),
+    seam.Patch(_GENERATE.BatchGenerator, "insert_segments", _insert_segments_of),
+)
+
+
+def patch_for(enabled: Enabled) -> Callable[[], Any]:
+    """Replace mlx-lm's functions until a model is disabled, or gone.
+
+    Returns:
+        Called once, gives them back.
+    """
+    for patch in _PATCHES:
+        patch.install()
+    setattr(mlx_cache, XKVCache.__name__, XKVCache)
+    undo = weakref.finalize(enabled, _remove_patches)
+    undo.atexit = False
+    return undo
+
+
+def _remove_patches() -> None:
+    for patch in _PATCHES:
+        patch.remove()
+    if not _PATCHES[1].is_installed:
+        delattr(mlx_cache, XKVCache.__name__)
