@@ -183,10 +183,8 @@ def test_report_names_what_is_left_native():
     assert "layer 1: compressed, with layers 1, 3" in report
 
 
-def test_four_dimensional_masks_and_beams_are_refused():
+def test_four_dimensional_masks_are_refused():
     model, prompt = make_model("llama"), make_prompt(20)
     mask = torch.ones(1, 1, 20, 20, dtype=torch.bool)
     with pytest.raises(InputError, match=r"attention mask of shape \(1, 1, 20, 20\)"):
         model(prompt, attention_mask=mask, cache=xkv.torch_cache(model))
-    with pytest.raises(InputError, match="beam search"):
-        greedy(model, prompt, cache=xkv.torch_cache(model), num_beams=2)

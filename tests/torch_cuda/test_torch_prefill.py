@@ -92,7 +92,7 @@ def test_out_of_memory_is_one_sentence_and_leaves_the_model_usable(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(model.model.layers[3].mlp, "forward", no_memory)
-        with pytest.raises(InputError, match=r"ran out of memory .*2\.00 GiB\.\); the cache is em"):
+        with pytest.raises(InputError, match=r"ran out of memory .*2\.00 GiB\.\); the cache is as"):
             xkv.torch_prefill(model, cache, prompt, **STEP)
     assert cache.get_seq_length() == 0 and cache.held_bytes() == 0
     assert not any("forward" in vars(layer) for layer in model.model.layers)

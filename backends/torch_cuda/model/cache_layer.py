@@ -11,7 +11,6 @@ from transformers.cache_utils import CacheLayerMixin
 from xkv.backends.torch_cuda.model.attention import AttendingLayer, causal_attention, is_seen
 from xkv.cache.layer import FUSED_QUERIES
 from xkv.cache.lowrank_cache import LayerCache
-from xkv.errors import InputError
 from xkv.ops.types import Rope
 
 
@@ -144,10 +143,6 @@ class XKVLayer(CacheLayerMixin, AttendingLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` rows."""
-        if tokens_to_remove > 0:
-            raise InputError(
-                f"crop({tokens_to_remove}): give the number of tokens to forget as a negative one"
-            )
         end = self.n_rows
         self.n_rows = max(end + tokens_to_remove, 0)
         is_token = self._padding.is_token
@@ -156,9 +151,6 @@ class XKVLayer(CacheLayerMixin, AttendingLayer):
             if is_token is not None:
                 n_tokens = int(is_token[i, self.n_rows : end].sum())
             part.trim(n_tokens)
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        raise InputError("beam search over an xKV cache is not supported; use sampling or greedy")
 
 
 def _attend(part: Any, queries: torch.Tensor, scale: float) -> torch.Tensor:

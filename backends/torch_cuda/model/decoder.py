@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from xkv.backends.torch_cuda.model.attention import AttendingLayer
-from xkv.backends.torch_cuda.model.cache import XKVCache
 from xkv.backends.torch_cuda.model.cache_layer import XKVLayer
 from xkv.backends.torch_cuda.model.probe import cache_argument
+from xkv.backends.torch_cuda.model.xkv_cache import XKVCache
 from xkv.cache.lowrank_cache import LayerCache
 from xkv.errors import InputError
 
@@ -43,21 +43,12 @@ class Decoder:
         cache: XKVCache,
         record: Callable[[Run], Run] | None = None,
     ) -> None:
-        for index, layer in enumerate(cache.layers):
-            if not isinstance(layer, XKVLayer) or layer.returns_rows:
-                raise InputError(
-                    "steps of constant shapes need every layer's rows in the compressed cache; "
-                    f"those of layer {index} are not, or are rebuilt for the model in every step"
-                )
-        if cache.padding.is_token is not None:
-            raise InputError("steps of constant shapes do not take batches with padding")
+        _check(cache)
         self.model, self.cache = model, cache
         self._record = record or (_record_graph if model.device.type == "cuda" else lambda run: run)
         self._argument = cache_argument(model)
-        self._parts: list[LayerCache] = [layer.parts[0] for layer in cache.layers]
         self._n_new = torch.zeros(1, dtype=torch.int64, device=model.device)
         """Rows that the device has written behind those that the recorded step counts on."""
-        self._view = Cache(layers=[_StaticLayer(part, self._n_new) for part in self._parts])
         self._steps_left = 0
         self._n_seen = 0
         self._buffer: torch.Tensor | None = None
@@ -67,10 +58,22 @@ class Decoder:
     @torch.inference_mode()
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
         """Logits ``[B, vocabulary]`` after tokens ``[B, 1]``; the next step may overwrite them."""
+        self.cache.forget_failed_call()
         if not self._steps_left or self._was_used_otherwise():
+            _check(self.cache)
+            self._steps_left = 0
             logits = self._call(tokens, self.cache)
             self._begin(tokens)
             return logits
+        # a step that fails is the last one: what the device has counted is no longer known
+        steps_left, self._steps_left = self._steps_left, 0
+        with self.cache.unchanged_on_error():
+            logits = self._next(tokens)
+        self._steps_left = steps_left - 1
+        return logits
+
+    def _next(self, tokens: torch.Tensor) -> torch.Tensor:
+        """One of the steps between two folds."""
         self._tokens.copy_(tokens)
         self._positions += 1
         self._n_new += 1
@@ -85,9 +88,12 @@ class Decoder:
         for layer, part in zip(self.cache.layers, self._parts, strict=True):
             layer.n_rows += 1
             part.count_step(None if layer.rope is None else layer.rope.at(part.offset + 1))
-        self._steps_left -= 1
         self._n_seen += 1
         return logits
+
+    @property
+    def _parts(self) -> list[LayerCache]:
+        return [layer.parts[0] for layer in self.cache.layers]
 
     def _was_used_otherwise(self) -> bool:
         """Whether the cache has other rows, or other buffers, than this decoder left."""
@@ -96,21 +102,20 @@ class Decoder:
 
     def _begin(self, tokens: torch.Tensor) -> None:
         """Make room for the steps up to the next fold."""
-        self._replay, self._is_warm, self._steps_left = None, False, 0
-        if not all(part.is_compressed for part in self._parts):
+        self._replay, self._is_warm = None, False
+        parts = self._parts
+        if not all(part.is_compressed for part in parts):
             return
-        config = self.cache.sequences[0].config
-        first = self._parts[0]
-        self._steps_left = max(
-            min(config.max_tail + config.window_at(x.offset) - x.rows.n_tail for x in self._parts),
-            0,
-        )
-        for part in self._parts:
-            part.rows = part.rows.with_room(self.cache.backend, self._steps_left)
+        config, first = self.cache.sequences[0].config, parts[0]
+        n_steps = min(config.max_tail + config.window_at(x.offset) - x.rows.n_tail for x in parts)
+        for part in parts:
+            part.rows = part.rows.with_room(self.cache.backend, max(n_steps, 0))
+        self._view = Cache(layers=[_StaticLayer(part, self._n_new) for part in parts])
         self._tokens = torch.empty_like(tokens)
         self._positions = torch.full_like(tokens, first.offset - 1)
         self._n_new.zero_()
         self._n_seen, self._buffer = first.offset, first.rows.keys.allocated
+        self._steps_left = max(n_steps, 0)
 
     def _step(self) -> torch.Tensor:
         return self._call(self._tokens, self._view, position_ids=self._positions)
@@ -118,6 +123,18 @@ class Decoder:
     def _call(self, tokens: torch.Tensor, cache: Cache, **options: Any) -> torch.Tensor:
         options |= {"use_cache": True, "logits_to_keep": 1, self._argument: cache}
         return self.model(input_ids=tokens, **options).logits[:, -1]
+
+
+def _check(cache: XKVCache) -> None:
+    """Refuse a cache with rows that grow by copying."""
+    for index, layer in enumerate(cache.layers):
+        if not isinstance(layer, XKVLayer) or layer.returns_rows:
+            raise InputError(
+                "steps of constant shapes need every layer's rows in the compressed cache; "
+                f"those of layer {index} are not, or are rebuilt for the model in every step"
+            )
+    if cache.padding.is_token is not None:
+        raise InputError("steps of constant shapes do not take batches with padding")
 
 
 class _StaticLayer(CacheLayerMixin, AttendingLayer):

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Text
 
 from xkv.backends.torch_cuda.backend import TorchBackend
 from xkv.backends.torch_cuda.model.attention import xkv_attention
-from xkv.backends.torch_cuda.model.cache import XKVCache, identity_of, torch_cache
+from xkv.backends.torch_cuda.model.cache import identity_of, torch_cache
 from xkv.backends.torch_cuda.model.prefill import prefill
 from xkv.backends.torch_cuda.model.probe import cache_argument
+from xkv.backends.torch_cuda.model.xkv_cache import XKVCache
 from xkv.cache.describe import describe
 from xkv.cli.engine import Engine, Generation, Progress, Sampling
 from xkv.config import XKVConfig

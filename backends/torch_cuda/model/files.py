@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 
 from xkv.backends.torch_cuda.backend import TorchBackend
 from xkv.backends.torch_cuda.model.attention import install
-from xkv.backends.torch_cuda.model.cache import XKVCache, model_fingerprint, plan_cache, watch_calls
+from xkv.backends.torch_cuda.model.cache import model_fingerprint, output_energies, plan_cache
 from xkv.backends.torch_cuda.model.cache_layer import XKVLayer
+from xkv.backends.torch_cuda.model.calls import watch_calls
 from xkv.backends.torch_cuda.model.native_state import read_native, write_native
+from xkv.backends.torch_cuda.model.xkv_cache import XKVCache
 from xkv.cache.lowrank_cache import LowRankCache
 from xkv.cache.state import LAYER_CLASS, check_config, read_layer, write_layer
 from xkv.cache.whole_file import whole_file
@@ -43,6 +45,7 @@ def save_prompt_cache(
     path = Path(file_name)
     if path.suffix != ".safetensors":
         path = path.with_name(path.name + ".safetensors")  # as mlx-lm does
+    cache.forget_failed_call()
     if cache.padding.is_token is not None:
         raise InputError("a batch with padding cannot be saved: save a cache of each sequence")
     states, classes = _write(cache)
@@ -138,7 +141,8 @@ def load_prompt_cache(
         check_config(plan.config, lowrank.config)
     except InputError as error:
         raise InputError(f"{file_name}: {error}") from error
-    cache = XKVCache(model.config, plan, backend, sequences=[lowrank])
+    energies = output_energies(backend, model, plan)
+    cache = XKVCache(model.config, plan, backend, sequences=[lowrank], output_energies=energies)
     for layer, name, state in zip(cache.layers, file.classes, file.states, strict=True):
         if not isinstance(layer, XKVLayer):
             read_native(layer, name, state)

@@ -1,4 +1,4 @@
-"""transformers' own cache layers as the states of mlx-lm's, and back."""
+"""transformers' own cache layers: as the states of mlx-lm's and back, and with fewer tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from xkv.errors import InputError
 
@@ -57,3 +61,31 @@ def read_native(layer: Any, name: str, state: Sequence[torch.Tensor]) -> None:
     layer.update(in_order(keys), in_order(values))
     if is_rotating:
         layer.cumulative_length = n_seen
+
+
+def crop_native(layer: Any, layer_idx: int, n_seen: int, n_left: int) -> None:
+    """Go back from ``n_seen`` tokens to ``n_left``.
+
+    Raises:
+        InputError: If the layer has not kept the rows, or the state, that it had then.
+    """
+    n_removed, records = n_seen - n_left, getattr(layer, "record_past", False)
+    if not n_removed and not records:
+        return
+    if not n_left:
+        layer.reset()
+        return
+    if isinstance(layer, LinearAttentionCacheLayerMixin):
+        has_kept = records and layer.is_croppable
+    elif isinstance(layer, DynamicSlidingWindowLayer):
+        n_rows = 0 if layer.keys is None else layer.keys.shape[-2]
+        has_kept = n_rows - n_removed >= min(n_left, layer.sliding_window - 1)
+    else:
+        has_kept = True
+    if not has_kept:
+        raise InputError(
+            f"crop(-{n_removed}): {type(layer).__name__} of layer {layer_idx} has not kept what it "
+            "had before these tokens: call cache.activate_past_recording() before they come, or "
+            "begin with a new cache"
+        )
+    layer.crop(-n_removed)

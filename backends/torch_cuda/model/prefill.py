@@ -18,9 +18,10 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from xkv.backends.torch_cuda.model.attention import ATTENTION, attention_forward, causal_mask
-from xkv.backends.torch_cuda.model.cache import XKVCache
 from xkv.backends.torch_cuda.model.cache_layer import XKVLayer
 from xkv.backends.torch_cuda.model.probe import base_model, cache_argument, set_attention
+from xkv.backends.torch_cuda.model.rollback import CacheState
+from xkv.backends.torch_cuda.model.xkv_cache import XKVCache
 from xkv.config import DECODE_TOKENS
 from xkv.errors import InputError
 
@@ -48,7 +49,7 @@ class _LaterMask:
     def of_chunk(self, cache: XKVCache, layer_idx: int, n_rows: int) -> torch.Tensor | None:
         kv_length, kv_offset = cache.get_mask_sizes(n_rows, layer_idx)
         sizes = {"q_length": n_rows, "kv_length": kv_length, "kv_offset": kv_offset}
-        offset = cache.get_seq_length(layer_idx)
+        offset = cache.layers[layer_idx].get_seq_length()
         return sdpa_mask(**(self.options | sizes | {"q_offset": offset}))
 
 
@@ -79,21 +80,21 @@ def prefill(
     problem = None
     on_progress(0, rows.shape[1])
     try:
-        if rows.shape[1] > DECODE_TOKENS:
-            _prefill(model, cache, rows, mask, step_size, on_progress)
-        elif rows.shape[1]:
-            _call(model, cache, rows, mask)
+        with cache.unchanged_on_error(copies=True) as before:
+            if rows.shape[1] > DECODE_TOKENS:
+                _prefill(model, cache, rows, mask, step_size, on_progress, before)
+            elif rows.shape[1]:
+                _call(model, cache, rows, mask)
     except torch.OutOfMemoryError as error:
         problem = str(error).splitlines()[0]
     # out of the handler, which keeps the tensors of its frames alive
     if problem is not None:
-        cache.reset()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         raise InputError(
             f"the device ran out of memory in a prompt of {rows.shape[1]} tokens ({problem}); the "
-            "cache is empty again: shorten the prompt, or lower step_size or the batch"
+            "cache is as it was: shorten the prompt, or lower step_size or the batch"
         )
 
 
@@ -104,8 +105,9 @@ def _prefill(
     mask: torch.Tensor | None,
     step_size: int,
     on_progress: Progress,
+    before: CacheState,
 ) -> None:
-    """Layer by layer if the model can, otherwise as a stream."""
+    """Layer by layer if the model can, otherwise from ``before`` as a stream."""
     n_seen = cache.get_seq_length()
     try:
         with _chunked_layers(model, cache, rows.shape[1], step_size, on_progress):
@@ -118,7 +120,7 @@ def _prefill(
                 "generate without a prefill"
             ) from error
         reason = str(error)
-    cache.reset()
+    cache.go_back(before)
     logger.warning(
         "prompts of %s are compressed in segments as they stream in, and later parts see the "
         "compressed earlier ones: %s",

@@ -1,0 +1,65 @@
+"""Other sequences in a batch: a selection of those that a group holds, some of them repeatedly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from xkv.cache.group import GroupState
+from xkv.cache.rows import LayerRows
+from xkv.errors import InputError
+from xkv.store.factors import SharedFactors
+
+Pick = Callable[[torch.Tensor], torch.Tensor]
+
+
+def row_numbers(indices: Any, batch: int) -> list[int]:
+    """Numbers of sequences out of whatever indexes an axis of a tensor.
+
+    Raises:
+        InputError: If one is out of range, or none is left.
+    """
+    try:
+        found = torch.arange(batch)[torch.as_tensor(indices).cpu()].reshape(-1).tolist()
+    except IndexError as error:
+        raise InputError(f"the cache holds {batch} sequences, numbered from 0: {error}") from error
+    if not found:
+        raise InputError("none of the sequences would be left: use cache.reset()")
+    return found
+
+
+def selected(state: GroupState, indices: torch.Tensor) -> GroupState:
+    """A group's state with these sequences; what is of the whole batch stays."""
+
+    def pick(x: torch.Tensor) -> torch.Tensor:
+        return x.index_select(0, indices)
+
+    layers = tuple(_layer(layer, pick) for layer in state.layers)
+    return state._replace(
+        layers=layers, keys=_factors(state.keys, pick), values=_factors(state.values, pick)
+    )
+
+
+def _layer(layer: LayerRows, pick: Pick) -> LayerRows:
+    keys, values = (
+        x if x.allocated is None else x._replace(allocated=pick(x.allocated))
+        for x in (layer.keys, layer.values)
+    )
+    landmarks = layer.landmarks
+    if landmarks is not None:
+        landmarks = landmarks._replace(
+            arrays=tuple(map(pick, landmarks.arrays)), is_outlier=pick(landmarks.is_outlier)
+        )
+    return layer._replace(keys=keys, values=values, landmarks=landmarks)
+
+
+def _factors(factors: SharedFactors | None, pick: Pick) -> SharedFactors | None:
+    if factors is None:
+        return None
+    return factors._replace(
+        latent=factors.latent.map(pick),
+        bases=tuple(basis.map(pick) for basis in factors.bases),
+        recent=factors.recent and factors.recent.map(pick),
+    )
