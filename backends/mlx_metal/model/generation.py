@@ -17,6 +17,7 @@ from xkv.backends.mlx_metal.model.enabled import (
     Enabled,
     enabled_state,
     lowrank_cache,
+    native_caches,
     prefill_prompt,
 )
 from xkv.backends.mlx_metal.model.prefill import flatten
@@ -110,10 +111,10 @@ def _speculate(
         if enabled is not None:
             enabled.check(caches)
         _refuse_windows(caches, None if n_answer < 0 else len(prompt) + n_answer)
-    kwargs["prompt_cache"] = [*parts[0], *parts[1]]
+    kwargs["prompt_cache"] = joined = _Joined(parts)
     stream = args[0] if args else kwargs.get("stream", _GENERATE.generation_stream)
     step_size = kwargs.get("prefill_step_size", DRAFT_STEP_SIZE)
-    with undone_on_error(kwargs["prompt_cache"]):
+    with undone_on_error(joined):
         with mx.stream(stream):
             for model, caches in zip(models, parts, strict=True):
                 prefill_prompt(model, caches, prompt[:-1], step_size)
@@ -124,19 +125,30 @@ def _speculate(
         yield from steps
 
 
-def _caches_of(
-    models: tuple[nn.Module, nn.Module], prompt_cache: Sequence[Any] | None
-) -> tuple[list[Any], list[Any]]:
-    """The caches of a model and of its draft model, as mlx-lm tells them apart."""
-    n_layers, n_draft_layers = (len(model.layers) for model in models)
+class _Joined(list[Any]):
+    """The caches of two models; mlx-lm cuts them apart by layers, which some do not have all of."""
+
+    def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
+        super().__init__(x for part in parts for x in part)
+        self._parts = parts
+
+    def __getitem__(self, index: Any) -> Any:
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        return list(self._parts[0] if index.start is None else self._parts[1])
+
+
+def _caches_of(models: Sequence[nn.Module], prompt_cache: Sequence[Any] | None) -> list[list[Any]]:
+    """The caches of a model and of its draft model."""
     if prompt_cache is None:
-        prompt_cache = [x for model in models for x in mlx_cache.make_prompt_cache(model)]
-    if len(prompt_cache) != n_layers + n_draft_layers:
+        return [mlx_cache.make_prompt_cache(model) for model in models]
+    n_caches, n_draft_caches = (len(native_caches(model)) for model in models)
+    if len(prompt_cache) != n_caches + n_draft_caches:
         raise InputError(
             f"the prompt cache has {len(prompt_cache)} layers, and the two models have "
-            f"{n_layers} and {n_draft_layers}: make one for each, and join them"
+            f"{n_caches} and {n_draft_caches}: make one for each, and join them"
         )
-    return list(prompt_cache[:n_layers]), list(prompt_cache[n_layers:])
+    return [list(prompt_cache[:n_caches]), list(prompt_cache[n_caches:])]
 
 
 def _refuse_native_options(kwargs: dict[str, Any]) -> None:
