@@ -21,8 +21,9 @@ def row_numbers(indices: Any, batch: int) -> list[int]:
     Raises:
         InputError: If one is out of range, or none is left.
     """
+    numbers = torch.as_tensor(indices).cpu()
     try:
-        found = torch.arange(batch)[torch.as_tensor(indices).cpu()].reshape(-1).tolist()
+        found = torch.arange(batch)[numbers].reshape(-1).tolist() if numbers.numel() else []
     except IndexError as error:
         raise InputError(f"the cache holds {batch} sequences, numbered from 0: {error}") from error
     if not found:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,19 @@ from transformers.cache_utils import CacheLayerMixin
 from xkv.backends.torch_cuda.model.attention import AttendingLayer, causal_attention, is_seen
 from xkv.cache.layer import FUSED_QUERIES
 from xkv.cache.lowrank_cache import LayerCache
+from xkv.errors import InputError
 from xkv.ops.types import Rope
+
+
+@contextlib.contextmanager
+def storing() -> Iterator[None]:
+    """Inside, tensors are made that any later call can write into and copy.
+
+    Those of inference mode cannot be written into outside it, and a graph for gradients would keep
+    all that ever went into a buffer.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class Padding:
@@ -95,7 +108,8 @@ class XKVLayer(CacheLayerMixin, AttendingLayer):
         self._value_dim = value_states.shape[-1]
         for part, keys, values in self._of_each(key_states, value_states):
             rope = None if self.rope is None else self.rope.at(part.offset + keys.shape[-2])
-            part.append(keys, values, rope)
+            with storing():
+                part.append(keys, values, rope)
         if not self.returns_rows:
             return self, self
         if self._padding.is_token is None:
@@ -141,6 +155,15 @@ class XKVLayer(CacheLayerMixin, AttendingLayer):
     def get_max_length(self) -> int:
         return -1
 
+    def _refused(self, *args: Any, **kwargs: Any) -> None:
+        raise InputError(
+            "a layer of a compressed cache shares its rows with others: use the methods of the "
+            "whole cache"
+        )
+
+    reset = offload = prefetch = reorder_cache = _refused
+    batch_repeat_interleave = batch_select_indices = _refused
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` rows."""
         end = self.n_rows
@@ -157,7 +180,8 @@ def _attend(part: Any, queries: torch.Tensor, scale: float) -> torch.Tensor:
     """Causal attention of the newest tokens over one part."""
     n_queries = queries.shape[-2]
     if isinstance(part, LayerCache):
-        part.watch(queries)
+        with storing():
+            part.watch(queries)
     is_fused = isinstance(part, LayerCache) and n_queries >= FUSED_QUERIES
     if is_fused or not part.is_compressed:
         keys, values = part.dense()

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from xkv.backends.torch_cuda.model.attention import AttendingLayer
-from xkv.backends.torch_cuda.model.cache_layer import XKVLayer
+from xkv.backends.torch_cuda.model.cache_layer import XKVLayer, storing
 from xkv.backends.torch_cuda.model.probe import cache_argument
 from xkv.backends.torch_cuda.model.xkv_cache import XKVCache
 from xkv.cache.lowrank_cache import LayerCache
@@ -100,6 +100,7 @@ class Decoder:
         first = self._parts[0]
         return first.offset != self._n_seen or first.rows.keys.allocated is not self._buffer
 
+    @storing()
     def _begin(self, tokens: torch.Tensor) -> None:
         """Make room for the steps up to the next fold."""
         self._replay, self._is_warm = None, False

@@ -27,7 +27,10 @@ def write_native(layer: Any) -> tuple[str, list[torch.Tensor]] | None:
     rows, n_seen = [layer.keys, layer.values], layer.get_seq_length()
     if type(layer) is DynamicLayer:
         return FULL, [*rows, torch.tensor(n_seen)]
-    n_rows, window = rows[0].shape[-2], layer.sliding_window
+    window = layer.sliding_window
+    # a layer that records its past holds more, until it is cropped
+    rows = [x[..., -window + 1 :, :] for x in rows]
+    n_rows = rows[0].shape[-2]
     if n_seen >= window:
         # room for the next row, without which mlx-lm would not begin to rotate
         rows = [torch.cat([x, torch.zeros_like(x[..., :1, :])], dim=-2) for x in rows]

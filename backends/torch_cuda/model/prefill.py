@@ -18,7 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 
 from xkv.backends.torch_cuda.model.attention import ATTENTION, attention_forward, causal_mask
-from xkv.backends.torch_cuda.model.cache_layer import XKVLayer
+from xkv.backends.torch_cuda.model.cache_layer import XKVLayer, storing
 from xkv.backends.torch_cuda.model.probe import base_model, cache_argument, set_attention
 from xkv.backends.torch_cuda.model.rollback import CacheState
 from xkv.backends.torch_cuda.model.xkv_cache import XKVCache
@@ -224,7 +224,8 @@ class _LayerRun:
             if part.is_last_of_group:
                 # so that the layers' time does not count as the factorization's
                 self.cache.backend.evaluate(output)
-                part.settle()
+                with storing():
+                    part.settle()
         return output
 
     def _cut(self, name: str, value: Any, start: int, end: int) -> Any:

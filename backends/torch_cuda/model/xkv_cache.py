@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 
 from xkv.backends.torch_cuda.backend import TorchBackend
 from xkv.backends.torch_cuda.model.batches import row_numbers, selected
-from xkv.backends.torch_cuda.model.cache_layer import Padding, XKVLayer
+from xkv.backends.torch_cuda.model.cache_layer import Padding, XKVLayer, storing
 from xkv.backends.torch_cuda.model.native_state import crop_native
 from xkv.backends.torch_cuda.model.probe import native_layers
 from xkv.backends.torch_cuda.model.rollback import CacheState
@@ -121,7 +121,8 @@ class XKVCache(Cache):
         for sequence in self.sequences:
             # not part of the call: what it replaces need not be kept until the call ends
             if n_rows <= DECODE_TOKENS or sequence.is_streaming:
-                sequence.settle()
+                with storing():
+                    sequence.settle()
         padding = self.padding
         # a single row is a token just chosen: to look at its mask would wait for the device
         is_token = None if mask is None or n_rows == 1 else mask[:, -n_rows:].bool()
@@ -167,6 +168,7 @@ class XKVCache(Cache):
             self.go_back(state)
             raise
 
+    @storing()
     def _split(self, batch: int) -> None:
         """From now on keep each sequence by itself, as it would be alone."""
         layers = {i: x for i, x in enumerate(self.layers) if isinstance(x, XKVLayer)}
@@ -187,6 +189,7 @@ class XKVCache(Cache):
                 keys, values = (x.rows[row : row + 1] for x in (rows.keys, rows.values))
                 part.append(keys, values, rows.rope_runs[-1].spec)
 
+    @storing()
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` rows, or all if there are fewer.
 
@@ -208,6 +211,7 @@ class XKVCache(Cache):
             if self.padding.is_token is not None:
                 self.padding.is_token = self.padding.is_token[:, :n_left]
 
+    @storing()
     def batch_select_indices(self, indices: Any) -> None:
         """Keep these sequences, in this order, some of them repeatedly.
 
