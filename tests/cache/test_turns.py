@@ -7,62 +7,14 @@ import copy
 import numpy as np
 import pytest
 
-from xkv import RopeSpec, XKVConfig, load_backend
-from xkv.cache.lowrank_cache import LowRankCache
+from tests.cache.conversation import HEAD_DIM, N_KV_HEADS, WIDTH, Conversation
+from xkv import load_backend
 from xkv.cache.settling import fresh_bytes
-
-SPEC = RopeSpec.standard(32, 10_000.0)
-N_LAYERS, N_KV_HEADS, HEAD_DIM = 2, 2, 32
-WIDTH = N_LAYERS * N_KV_HEADS * HEAD_DIM
 
 
 @pytest.fixture(scope="module", params=["mlx", "torch"])
 def backend(request):
     return load_backend(request.param)
-
-
-class Conversation:
-    """A cache fed with rows of a given rank, and what the full cache would hold."""
-
-    def __init__(self, backend, topics=2, rank=12, **options) -> None:
-        options = {"budget": 64, **options}
-        config = XKVConfig(group_size=2, sinks=2, window=16, max_tail=16, **options)
-        self.backend = backend
-        self.cache = LowRankCache(backend, config, [[0, 1]])
-        self.generator = np.random.default_rng(0)
-        # one basis a topic: rows of a later topic do not fit the basis of the first
-        self.bases = self.generator.standard_normal((topics, 2, rank, WIDTH))
-        self.rows = [[[], []] for _ in range(N_LAYERS)]
-
-    def say(self, n_tokens: int, topic: int = 0) -> None:
-        weights = self.generator.standard_normal((2, n_tokens, self.bases.shape[2]))
-        flat = (weights @ self.bases[topic]).reshape(2, n_tokens, N_LAYERS, N_KV_HEADS, HEAD_DIM)
-        for layer_idx, layer in self.cache.layers.items():
-            keys, values = (
-                self.backend.from_numpy(x[None, :, layer_idx].swapaxes(1, 2).astype(np.float32))
-                for x in flat
-            )
-            keys = self.backend.rope(keys, layer.offset, SPEC)
-            layer.append(keys, values, SPEC)
-            for kept, rows in zip(self.rows[layer_idx], (keys, values), strict=True):
-                kept.append(self.backend.to_numpy(rows))
-
-    def reply(self, n_tokens: int, topic: int = 0) -> None:
-        for _ in range(n_tokens):
-            self.say(1, topic)
-
-    def error(self, last: int | None = None) -> float:
-        """Largest relative error of the rebuilt keys and values (of the last rows)."""
-        errors = []
-        for layer_idx, layer in self.cache.layers.items():
-            for got, kept in zip(layer.dense(), self.rows[layer_idx], strict=True):
-                want = np.concatenate(kept, axis=2)[..., : layer.offset, :]
-                got = self.backend.to_numpy(got)
-                assert got.shape == want.shape
-                first = 0 if last is None else layer.offset - last
-                difference = np.linalg.norm((got - want)[..., first:, :])
-                errors.append(difference / np.linalg.norm(want[..., first:, :]))
-        return max(errors)
 
 
 def test_replies_and_prompts_are_folded(backend):
@@ -168,9 +120,7 @@ def test_a_latent_trimmed_to_less_than_half_is_freed(backend):
     talk.say(402)
     talk.reply(1)
     before = talk.cache.held_bytes()
-    for layer in talk.cache.layers.values():
-        layer.trim(301)
-    talk.rows = [[[np.concatenate(x, axis=2)[:, :, :102]] for x in kept] for kept in talk.rows]
+    talk.trim_to(102)
     talk.reply(1)
     assert talk.cache.held_bytes() < 0.5 * before
     assert talk.error() < 1e-4

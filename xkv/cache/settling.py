@@ -82,7 +82,7 @@ def continued(
     state = steps.released(backend, state)
     first = state.layers[0]
     n_rows = first.n_tail - config.window_at(first.offset)
-    if n_rows < config.max_tail:
+    if n_rows < max(config.max_tail, config.chunk_size):
         return state
     n_rows = n_rows // config.chunk_size * config.chunk_size
     limits = _growth_limits(config, shape, number, state, first.n_recent + n_rows)

@@ -169,7 +169,7 @@ def merge(backend: Backend, config: XKVConfig, state: GroupState) -> GroupState:
     first = state.layers[0]
     n_segment, n_recent = first.n_segment, first.n_recent
     n_rows, layers = n_segment + n_recent, list(state.layers)
-    if config.layout(first.offset).is_selective:
+    if first.landmarks is not None or config.layout(first.offset).is_selective:
         n_rows -= n_rows % config.chunk_size
         layers = [
             state.view(backend, i).extended_landmarks(

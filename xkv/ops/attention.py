@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from xkv.ops.packed import Packed, unpacked
 from xkv.ops.protocol import Operations
 from xkv.ops.types import Array, Factor, RopeRun, Segment
+
+RAISED = 128.0
+"""Weights of a million rows stay normal numbers, and sums finite for values up to 511."""
 
 
 def rope_rows(
@@ -100,6 +104,17 @@ def without_unused(backend: Operations, scores: Array, n_rows: int, n_used: Arra
     return xp.where(rows < n_used, scores, xp.finfo(scores.dtype).min)
 
 
+def raised_weights(backend: Operations, weights: Array, dtype: Any) -> tuple[Array, float]:
+    """Softmax weights in the dtype of products, and the factor by which they are too large.
+
+    A flat softmax over a long prompt is below float16's smallest normal number, which a device may
+    take for zero.
+    """
+    is_narrow = dtype == backend.xp.float16
+    raised = RAISED if is_narrow else 1.0
+    return backend.xp.astype(weights * raised if is_narrow else weights, dtype), raised
+
+
 def attend_parts(
     backend: Operations,
     queries: Array,
@@ -117,7 +132,7 @@ def attend_parts(
         values: ``[B, n_kv_heads, D, value_dim]``, the other columns.
     """
     xp = backend.xp
-    weights = xp.astype(xp.softmax(scores, -1), queries.dtype)
+    weights, raised = raised_weights(backend, xp.softmax(scores, -1), queries.dtype)
     n_latent = latent_v.shape[-2]
     on_latent = weights[..., :n_latent]
     if isinstance(latent_v, Packed):
@@ -128,5 +143,5 @@ def attend_parts(
     else:
         summed = on_latent @ latent_v
     output = summed @ xp.permute_dims(unpacked(backend, basis_v), (0, 2, 1, 3))
-    output = output + weights[..., n_latent:] @ values
+    output = (output + weights[..., n_latent:] @ values) / raised
     return xp.reshape(output, (*queries.shape[:3], values.shape[-1]))

@@ -25,6 +25,9 @@ ENERGY_FLOOR = 1e-6
 FIT_RIDGE = 1e-5
 """Columns this near to dependent are not corrected along what they hardly have."""
 
+FIT_PRIOR = 1 / 16
+"""Corrections are drawn to zero as if this share of a column's rounding were its own energy."""
+
 FITTED_ROWS = 4096
 """Tokens that are widened at once when bases are fitted to a stored latent."""
 
@@ -191,21 +194,27 @@ def _turn_to_stored(backend: Backend, stored: Packed, columns: Sequence[Array]) 
     xp = backend.xp
     wide = backend.accumulate_dtype(columns[0])
     n_rows = stored.shape[1]
-    gram = product = None
+    gram = product = rest = None
     for start in range(0, n_rows, FITTED_ROWS):
         end = min(start + FITTED_ROWS, n_rows)
         before = xp.concat([xp.astype(x[:, start:end], wide) for x in columns], axis=-1)
         after = xp.astype(stored.rows(start, end).unpack(backend), wide)
         turned = xp.matrix_transpose(after)
-        added = turned @ after, turned @ (before - after)
-        gram, product = added if gram is None else (gram + added[0], product + added[1])
-        backend.evaluate(gram, product)
+        added = turned @ after, turned @ (before - after), xp.sum((before - after) ** 2, axis=1)
+        if gram is None:
+            gram, product, rest = added
+        else:
+            gram, product, rest = gram + added[0], product + added[1], rest + added[2]
+        backend.evaluate(gram, product, rest)
     eye = xp.eye(stored.rank, dtype=wide, **backend.placement)
     # columns of one length, so that what keeps the matrix regular costs weak ones no precision
     size = xp.sqrt(xp.sum(gram * eye, axis=-1))
     size = xp.where(size > 0, size, xp.ones_like(size))
     scaled = gram / (size[..., None] * size[..., None, :])
-    solved = inverse(backend, scaled + FIT_RIDGE * eye)
+    # columns that hold less than rounding leaves would make up for it with steep slopes, which fit
+    # these rows and no later ones
+    steep = FIT_PRIOR * xp.mean(rest, axis=-1, keepdims=True) / size**2
+    solved = inverse(backend, scaled + (FIT_RIDGE + steep[..., None]) * eye)
     correction = xp.matrix_transpose(product / size[..., None]) @ solved / size[..., None, :]
     return correction + eye
 

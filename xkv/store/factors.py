@@ -6,7 +6,7 @@ import itertools
 import math
 from typing import Any, NamedTuple
 
-from xkv.ops.packed import Packed
+from xkv.ops.packed import Packed, group_size_of
 from xkv.ops.types import Array
 from xkv.store.codec import row_bytes
 
@@ -60,19 +60,25 @@ class SharedFactors(NamedTuple):
     @property
     def growth_bits(self) -> int:
         """Of the columns that are added when the basis grows."""
-        return 16 if set(self.latent.bits) == {16} else GROWTH_BITS
+        can_pack = all(group_size_of(basis.shape[-1]) for basis in self.bases)
+        return GROWTH_BITS if can_pack and not self.is_plain else 16
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all columns are in the KV dtype."""
+        return set(self.latent.bits) == {16}
 
     def nbytes_with(self, n_recent: int) -> int:
         """Bytes of latents and bases once ``recent`` has so many rows, without growth."""
         latent, bases = self.latent, sum(basis.nbytes for basis in self.bases)
         added = self.bases[0].rank - latent.rank
-        row = latent.nbytes / latent.shape[1] + added * self._column_bits / 8
+        row = latent.nbytes / latent.shape[1] + latent.shape[0] * added * self._column_bits / 8
         return bases + latent.nbytes + int(n_recent * row)
 
     def column_bytes(self, n_recent: int) -> int:
         """Bytes of one more row of the bases and its column of ``recent``."""
         width = sum(math.prod(basis.shape[2:]) for basis in self.bases)
-        return int((n_recent + width) * self._column_bits / 8)
+        return int(self.latent.shape[0] * (n_recent + width) * self._column_bits / 8)
 
     @property
     def _column_bits(self) -> float:

@@ -19,6 +19,9 @@ from xkv.store.svd import factorize
 ERROR_FLOOR = 0.01
 """A relative error below this is no reason to grow: 16-bit keys are rounded to half of it."""
 
+WEAK_DIRECTION = 0.05
+"""Of a packed basis, see :func:`_least_squares`."""
+
 RESIDUAL_GROWTH = 1.1
 """The basis grows when new rows fit it worse than the first ones did by this factor."""
 
@@ -50,12 +53,14 @@ def fold_rows(
         xp.reshape(xp.astype(basis.unpack(backend), wide), (batch, factors.rank, width))
         for basis in factors.bases
     ]
-    projected = _least_squares(backend, parts, flat)
+    projected = _least_squares(backend, parts, flat, 0.0 if factors.is_plain else WEAK_DIRECTION)
     rests = [part - projected @ basis for part, basis in zip(parts, flat, strict=True)]
     total, lost = (sum(energy(backend, x) for x in xs) for xs in (parts, rests))
     allowed = max(factors.error, ERROR_FLOOR) ** 2 * total
     bits = factors.growth_bits
-    room = min(max_growth, n_rows, len(layers) * width - factors.rank)
+    # packed bases are filled up to whole bands, and may be full without being complete
+    full_rank = len(layers) * width - (factors.rank if factors.is_plain else 0)
+    room = min(max_growth, n_rows, full_rank)
     bases = factors.bases
     if room > 0 and lost > RESIDUAL_GROWTH**2 * allowed:
         shaped = [xp.reshape(rest, layers[0].shape) for rest in rests]
@@ -127,7 +132,7 @@ def _turn(
     upper, lower, rest = (xp.astype(_widen(backend, x, factors.rank), wide) for x in rows)
     gram = xp.matrix_transpose(upper) @ upper + xp.matrix_transpose(lower) @ lower
     _, turn = backend.eigh(gram)
-    is_plain = factors.growth_bits == 16
+    is_plain = factors.is_plain
     rank = factors.rank
     if is_plain:
         # as many columns for all rows as take the bytes that the factors have now
@@ -159,14 +164,26 @@ def _turn(
     return merged._replace(latent=latent, recent=recent if recent.shape[1] else None)
 
 
-def _least_squares(backend: Backend, parts: Sequence[Array], bases: Sequence[Array]) -> Array:
-    """The latent that fits the rows best; 16-bit rounding leaves bases not quite orthonormal."""
+def _least_squares(
+    backend: Backend, parts: Sequence[Array], bases: Sequence[Array], weak: float
+) -> Array:
+    """The latent that fits the rows best; rounding leaves bases not quite orthonormal.
+
+    Args:
+        weak: Directions in which the bases have less than this share of the mean are left out as
+            far as they are weaker: they are rounding, and the large numbers that they would take
+            set the scale by which all others of a row are rounded.
+    """
     xp = backend.xp
     product = sum(
         part @ xp.matrix_transpose(basis) for part, basis in zip(parts, bases, strict=True)
     )
     gram = sum(basis @ xp.matrix_transpose(basis) for basis in bases)
-    return product @ inverse(backend, gram)
+    if not weak:
+        return product @ inverse(backend, gram)
+    eye = xp.eye(gram.shape[-1], dtype=gram.dtype, **backend.placement)
+    mean = xp.sum(gram * eye, axis=(-2, -1), keepdims=True) / gram.shape[-1]
+    return product @ gram @ inverse(backend, gram @ gram + (weak * mean) ** 2 * eye)
 
 
 def _widen(backend: Backend, rows: Array, rank: int) -> Array:

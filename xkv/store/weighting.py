@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 from xkv.errors import InputError
 from xkv.ops.backend import Backend
 from xkv.ops.types import Array, RopeSpec
+from xkv.store.linear_algebra import energy as energy_of
 
 PROJECTIONS = ("o_proj", "out_proj", "wo", "c_proj", "dense")
 """What models call the linear layer after attention."""
@@ -44,7 +46,7 @@ def column_weights(
     """
     xp = backend.xp
     if weighting == "norm":
-        size = xp.sqrt(xp.mean(rows * rows)) + 1e-30
+        size = (energy_of(backend, rows) / math.prod(rows.shape)) ** 0.5 + 1e-30
         return xp.ones(rows.shape[2:], dtype=rows.dtype, **backend.placement) / size
     if energy is None:
         missing = (

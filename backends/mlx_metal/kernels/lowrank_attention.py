@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 
 from xkv.backends.mlx_metal.kernels import common, latents
+from xkv.ops.attention import raised_weights
 from xkv.ops.backend import Backend
 from xkv.ops.packed import Packed
 from xkv.ops.types import Array, Segment
@@ -190,7 +191,7 @@ class LowrankAttention:
         batch, n_heads, _, _ = queries.shape
         n_kv_heads, n_rows = keys.shape[1], segment.latent_k.shape[1]
         weights = mx.softmax(key_scores(queries, segment, keys, scale), axis=-1)
-        weights = weights.astype(queries.dtype)
+        weights, raised = raised_weights(self._backend, weights, queries.dtype)
         grouped = (batch, n_kv_heads, n_heads // n_kv_heads, -1)
         on_latent = weights[..., :n_rows]
         if isinstance(segment.latent_v, Packed):
@@ -199,7 +200,7 @@ class LowrankAttention:
             latent = on_latent @ segment.latent_v
         output = latent.reshape(grouped) @ segment.basis_v.transpose(0, 2, 1, 3)
         output = output + weights[..., n_rows:].reshape(grouped) @ values
-        return output.reshape(batch, n_heads, 1, values.shape[-1])
+        return (output / raised).reshape(batch, n_heads, 1, values.shape[-1])
 
 
 def key_scores(queries: Array, segment: Segment, keys: Array, scale: float) -> Array:
