@@ -17,6 +17,10 @@ import openai
 
 from xkv.tiny import CHECKPOINT_DIR
 
+CHAT = "/v1/chat/completions"
+MESSAGES = [{"role": "user", "content": "Carl sold pointed ladders. What did Carl do?"}]
+ANSWER = "Carl sold pointed ladders."
+"""What the bundled model answers."""
 LAST_RESORT_S = 600
 """Nothing takes that long on a machine that is only busy."""
 
@@ -34,16 +38,15 @@ class Server:
     """``python -m xkv.server`` until the end of a ``with`` block.
 
     Args:
-        model: Directory.
         flags: Of the command.
         log: Where the process writes, if not where this one does.
     """
 
-    def __init__(self, model: Path, *flags: str, log: IO[bytes] | None = None) -> None:
+    def __init__(self, *flags: str, log: IO[bytes] | None = None) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "xkv.server", "--model", str(model), *flags]
+        command = [sys.executable, "-m", "xkv.server", *flags]
         self.process = subprocess.Popen([*command, "--port", str(self.port)], stderr=log)
         self.client = openai.OpenAI(
             base_url=f"http://127.0.0.1:{self.port}/v1",
@@ -97,6 +100,18 @@ class Server:
     def post(self, body: bytes) -> socket.socket:
         """Send a request whose answer nobody has read."""
         connection = socket.create_connection(("127.0.0.1", self.port), LAST_RESORT_S)
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
+        head = f"POST {CHAT} HTTP/1.1\r\nContent-Length: {len(body)}\r\n\r\n"
         connection.sendall(head.encode() + body)
         return connection
+
+
+def chat(server: Server, **options: Any) -> Any:
+    """The answer to :data:`MESSAGES`, which must be one."""
+    body = {"messages": MESSAGES, "max_tokens": 12, **options}
+    status, answer = server.request(CHAT, body)
+    assert status == 200, answer
+    return answer
+
+
+def text_of(answer: Any) -> str:
+    return answer["choices"][0]["message"]["content"] or ""

@@ -46,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model: Path) -> Iterator[Server]:
-    with Server(model, *RANKS, "--prompt-cache-bytes", str(LIMIT_BYTES)) as running:
+    with Server("--model", str(model), *RANKS, "--prompt-cache-bytes", str(LIMIT_BYTES)) as running:
         yield running
 
 
