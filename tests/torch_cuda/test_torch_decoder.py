@@ -93,6 +93,31 @@ def test_recorded_steps_give_the_tokens_of_ordinary_ones(options, batch):
         assert (greedy(step, prompt, 9) == want).all()
 
 
+def test_steps_that_are_not_recorded_give_the_tokens_of_ordinary_ones():
+    model, prompt = make_model("llama"), make_prompt(300)
+    cache, others = (prefilled(model, prompt, **OPTIONS["dense"]) for _ in range(2))
+    want = greedy(ordinary_step(model, others), prompt, 60)
+    assert (greedy(xkv.torch_decoder(model, cache), prompt, 60) == want).all()
+
+
+@pytest.mark.parametrize("n_padding", [0, 40])
+def test_cache_that_was_emptied_meanwhile_is_noticed(n_padding):
+    model, prompt = make_model("llama"), make_prompt(300, batch=2)
+    cache, others = (prefilled(model, prompt, **OPTIONS["dense"]) for _ in range(2))
+    decoder = Decoder(model, cache, record)
+    greedy(decoder, prompt, 5)
+    cache.reset()
+    mask = torch.ones_like(prompt)
+    mask[0, :n_padding] = 0
+    xkv.torch_prefill(model, cache, prompt, attention_mask=mask)
+    if n_padding:
+        with pytest.raises(xkv.InputError, match="do not take batches with padding"):
+            greedy(decoder, prompt, 1)
+        return
+    want = greedy(ordinary_step(model, others), prompt, 9)
+    assert (greedy(decoder, prompt, 9) == want).all()
+
+
 def test_as_many_tokens_in_other_buffers_are_noticed():
     model, prompt = make_model("llama"), make_prompt(300)
     cache, others = (prefilled(model, prompt, **OPTIONS["dense"]) for _ in range(2))

@@ -31,7 +31,8 @@ class Decoder:
     Args:
         model: The cache's model.
         cache: After its prompt.
-        record: Makes of a step a function that repeats it on the same memory.
+        record: Makes of a step a function that repeats it on the same memory; by default a CUDA
+            graph on CUDA, and nothing on the CPU.
 
     Raises:
         InputError: If some rows of the cache grow by copying.
@@ -45,7 +46,7 @@ class Decoder:
     ) -> None:
         _check(cache)
         self.model, self.cache = model, cache
-        self._record = record or (_record_graph if model.device.type == "cuda" else lambda run: run)
+        self._record = record or (_record_graph if model.device.type == "cuda" else None)
         self._argument = cache_argument(model)
         self._n_new = torch.zeros(1, dtype=torch.int64, device=model.device)
         """Rows that the device has written behind those that the recorded step counts on."""
@@ -77,11 +78,12 @@ class Decoder:
         self._tokens.copy_(tokens)
         self._positions += 1
         self._n_new += 1
-        if self._is_warm:
+        if self._is_warm and self._record is not None:
             self._replay = self._replay or self._record(self._step)
             logits = self._replay()
         else:
-            # kernels are compiled, and checked, before anything is recorded
+            # kernels are compiled, and checked, before anything is recorded; a step that is run
+            # and not replayed counts all rows but its own by itself
             logits = self._step()
             self._is_warm = True
             self._n_new.zero_()
