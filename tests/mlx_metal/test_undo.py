@@ -118,8 +118,8 @@ def test_a_failed_prompt_leaves_the_cache_as_it_was(model, turn):
     assert greedy(model, cache, prompt) == want
 
 
-def test_a_failed_prompt_with_a_draft_leaves_both_caches(llama, monkeypatch):
-    draft = build("qwen2")
+def test_a_failed_prompt_with_a_draft_leaves_both_caches(llama, monkeypatch, tmp_path):
+    draft = mlx_lm.load(str(write_checkpoint(tmp_path, ARCHITECTURES["qwen2"])))[0]
     for each in (llama, draft):
         xkv.enable(each, **OPTIONS)
     cache = [x for each in (llama, draft) for x in mlx_cache.make_prompt_cache(each)]
