@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from xkv.cli.terminal import user_errors
 from xkv.config import XKVConfig
+from xkv.errors import InputError
 from xkv.planning.calibration import calibrate, n_groups_of, read_prompt
 from xkv.planning.language_model import load_language_model
 from xkv.planning.profile import profile_path
@@ -52,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake is one sentence on stderr and exit code 2."""
     args = setup_arg_parser().parse_args(argv)
     with user_errors():
+        for flag, number in (("--groups", args.groups), ("--group-size", args.group_size)):
+            if number is not None and number < 1:
+                raise InputError(f"{flag} {number} must be at least 1")
         text = read_prompt(args.prompt)
         name = args.model or str(CHECKPOINT_DIR)
         model = load_language_model(args.backend, name, trust_remote_code=args.trust_remote_code)

@@ -10,6 +10,9 @@ import sys
 from xkv.checks.machine import examine
 from xkv.errors import InputError
 
+SHORTEST = 256
+"""Tokens of which a decode step is timed, at least."""
+
 
 def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -35,6 +38,8 @@ def main(argv: list[str] | None = None) -> None:
     level = logger.level
     logger.setLevel(logging.ERROR)  # the report says itself why a kernel does not run
     try:
+        if min(args.lengths) < SHORTEST:
+            raise InputError(f"--lengths {min(args.lengths)} must be at least {SHORTEST}")
         report = examine(args.backend, args.lengths, args.max_seconds, say)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

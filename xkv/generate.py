@@ -12,7 +12,13 @@ from dataclasses import fields
 
 from xkv.cli.answer import built_in_prompt, show_answers
 from xkv.cli.engine import Sampling, load_engine
-from xkv.cli.flags import add_compression_flags, add_generate_flags, check_numbers, config_from
+from xkv.cli.flags import (
+    add_compression_flags,
+    add_generate_flags,
+    check_early,
+    check_numbers,
+    config_from,
+)
 from xkv.cli.terminal import user_errors
 from xkv.ops.loading import load_backend_module
 from xkv.planning.calibration import choose_profile
@@ -62,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if chooser.parse_known_args(argv)[0].backend == "torch":
             run_on_torch(setup_arg_parser().parse_args(argv))
         else:
+            check_early(argv)
             load_backend_module("mlx").run_generate(argv)
 
 

@@ -50,12 +50,12 @@ class Terminal:
         # in pieces: a terminal's input queue is short, and the program has to read on
         data = text.encode()
         while data:
-            _, writable, _ = select.select([], [self.main], [], 60)
+            _, writable, _ = select.select([], [self.main], [], 600)
             assert writable
             data = data[os.write(self.main, data[:512]) :]
             self._read(0.02)
 
-    def expect(self, pattern: str, seconds: float = 300) -> str:
+    def expect(self, pattern: str, seconds: float = 600) -> str:
         """Wait for something that was not there before; returns the text up to it."""
         deadline = time.monotonic() + seconds
         while True:
@@ -77,7 +77,7 @@ class Terminal:
     def close(self) -> int:
         """Wait for the end; returns the exit code."""
         try:
-            return self.process.wait(timeout=30)
+            return self.process.wait(timeout=600)
         finally:
             self.process.kill()
             os.close(self.main)
@@ -151,7 +151,7 @@ def test_bad_flags_are_one_sentence(flags, words):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert run.returncode == 2
     last = run.stderr.strip().splitlines()[-1]

@@ -131,6 +131,7 @@ def test_short_prompt_stays_dense_and_the_output_says_so(capsys):
         (["--group-size", "-1"], "group_size=-1"),
         (["--budget", "101"], "multiple of chunk_size=2"),
         (["--max-tokens", "0"], "--max-tokens 0"),
+        (["--draft-model", "a", "--prompt-cache-file", "b"], "--draft-model needs the whole"),
         (["--prefill-step-size", "16"], "--prefill-step-size 16 must be above 16"),
     ],
 )

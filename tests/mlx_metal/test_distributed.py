@@ -21,7 +21,7 @@ def test_two_ranks_give_the_tokens_of_the_full_cache(kind, caches, kv_heads):
         [launch, "-n", "2", "--backend", "ring", sys.executable, WORKER, "qwen2", kind],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
     )
     found = [json.loads(x.split("FOUND ")[1]) for x in run.stdout.splitlines() if "FOUND" in x]
     assert sorted(each["rank"] for each in found) == [0, 1], run.stdout + run.stderr

@@ -19,8 +19,8 @@ from mlx_lm.models import base
 import xkv
 from tests.architectures import build
 from tests.tiny_models import ARCHITECTURES, write_checkpoint
-from xkv import InputError
-from xkv.backends.mlx_metal import XKVCache
+from xkv import InputError, XKVConfig
+from xkv.backends.mlx_metal import MLXBackend, XKVCache, enable
 from xkv.backends.mlx_metal.model.enable import lowrank_cache
 from xkv.backends.mlx_metal.model.prefill import Prefill
 from xkv.cache import state as cache_state
@@ -202,6 +202,16 @@ def test_saved_cache_continues_the_same(tmp_path, model, hybrid, functions, kind
         xkv.disable(hybrid)
 
 
+def test_tuple_of_caches_is_saved(tmp_path, model):
+    xkv.enable(model, **LOSSY)
+    cache = new_cache(model)
+    greedy(model, cache)
+    file = str(tmp_path / "cache.safetensors")
+    xkv.save_prompt_cache(file, tuple(cache))
+    again = xkv.load_prompt_cache(file)
+    assert greedy(model, again, PROMPT[:30]) == greedy(model, cache, PROMPT[:30])
+
+
 @pytest.fixture
 def saved(tmp_path, model):
     """A file with a compressed cache."""
@@ -244,6 +254,15 @@ def test_cache_of_another_configuration_or_model_is_refused(saved, model, tmp_pa
     with pytest.raises(InputError, match="made by another model"):
         greedy(other, cache)
     xkv.disable(other)
+
+
+def test_loaded_cache_takes_the_models_backend(saved, model):
+    backend = MLXBackend("off")
+    enable(model, XKVConfig(**LOSSY), backend=backend)
+    cache = xkv.load_prompt_cache(str(saved))
+    assert lowrank_cache(cache).backend.kernels.mode == "auto"
+    greedy(model, cache, PROMPT[:30])
+    assert lowrank_cache(cache).backend is backend
 
 
 def test_failed_write_keeps_the_old_file(saved, model, monkeypatch):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import fields
 
 from xkv.config import DECODE_TOKENS, Rank, XKVConfig
 from xkv.errors import InputError
-from xkv.tiny import SELECTION
+from xkv.tiny import CHECKPOINT_DIR, SELECTION
 
 KERNELS = ("auto", "on", "off")
 
@@ -96,6 +97,58 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compare", action="store_true", help="run the full cache beside it in the same process"
     )
+
+
+def check_early(argv: Sequence[str] | None, writes_file: bool = False) -> None:
+    """:func:`check_flags` before a framework, and mlx-lm with all its flags, is imported.
+
+    What is not known here, or cannot be parsed, is left to the command's own parser.
+
+    Args:
+        argv: Arguments; None takes the program's.
+        writes_file: As for :func:`check_flags`.
+
+    Raises:
+        InputError: If the flags contradict each other.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    add_compression_flags(parser)
+    parser.add_argument("--help", "-h", action="store_true")
+    for name in ("--model", "--draft-model", "--prompt-cache-file"):
+        parser.add_argument(name)
+    for name in ("--kv-bits", "--max-kv-size", "--prefill-step-size"):
+        parser.add_argument(name, type=int)
+    parser.add_argument("--max-tokens", "-m", type=int)
+    try:
+        args, _ = parser.parse_known_args(argv)
+    except argparse.ArgumentError:
+        return
+    if not args.help:
+        check_flags(args, writes_file)
+
+
+def check_flags(args: argparse.Namespace, writes_file: bool = False) -> XKVConfig | None:
+    """Check the flags that mlx-lm's commands share, and fill in the bundled model.
+
+    Args:
+        args: What was parsed.
+        writes_file: Whether ``--prompt-cache-file`` is written, not read.
+
+    Returns:
+        The configuration that the flags ask for; None with ``--group-size 0``.
+
+    Raises:
+        InputError: If the flags contradict each other.
+    """
+    # mlx-lm takes the model from the prompt cache's file where none is given
+    is_in_file = not writes_file and vars(args).get("prompt_cache_file") is not None
+    if args.model is None and not is_in_file:
+        args.model = str(CHECKPOINT_DIR)
+    config = config_from(args, args.model == str(CHECKPOINT_DIR))
+    check_numbers(args)
+    if is_in_file and vars(args).get("draft_model") is not None:
+        raise InputError("--draft-model needs the whole prompt, not --prompt-cache-file")
+    return config
 
 
 def check_numbers(args: argparse.Namespace) -> None:

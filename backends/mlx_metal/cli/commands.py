@@ -24,12 +24,11 @@ from xkv.backends.mlx_metal.model.enable import (
     lowrank_cache,
 )
 from xkv.backends.mlx_metal.model.files import load_prompt_cache, save_prompt_cache
-from xkv.cli.flags import add_compression_flags, check_numbers, config_from, has_compression_flags
+from xkv.cli.flags import add_compression_flags, check_flags, has_compression_flags
 from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.planning.calibration import choose_profile
 from xkv.planning.profile import Profile
-from xkv.tiny import CHECKPOINT_DIR
 
 
 class Command:
@@ -83,13 +82,8 @@ class Command:
             InputError: If they cannot be met.
         """
         self.args = args
-        # mlx-lm takes the model from the prompt cache's file where none is given
-        is_in_file = not self.writes_file and vars(args).get("prompt_cache_file") is not None
-        if args.model is None and not is_in_file:
-            args.model = str(CHECKPOINT_DIR)
-        self.config = config_from(args, args.model == str(CHECKPOINT_DIR))
+        self.config = check_flags(args, self.writes_file)
         self.grouping = args.grouping
-        check_numbers(args)
         prompt = vars(args).get("prompt")
         if prompt == "-":
             prompt = sys.stdin.read()
@@ -120,7 +114,9 @@ class Command:
         if cache is None:
             print(f"Note: the prompt cache in {args[0]} is not compressed", file=sys.stderr)
             self.config = None
-        elif not has_compression_flags(self.args):
+            return loaded
+        cache.backend = MLXBackend(self.args.kernels)
+        if not has_compression_flags(self.args):
             self.config, self.grouping = cache.config, "consecutive"
         return loaded
 

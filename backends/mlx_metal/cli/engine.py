@@ -82,11 +82,13 @@ class MLXEngine(Engine):
         # groups that the configuration names are the model's
         draft = config and replace(config, groups=None, group_shares=None)
         with self._enabled(self.model, config, on_progress), self._enabled(draft_model, draft):
+            # mlx-lm has no cache of a largest size for a draft model's drafts
+            size = options.get("max_kv_size") if draft_model is None else None
             cache = prompt_cache or [
                 layer
                 for model in (self.model, draft_model)
                 if model is not None
-                for layer in mlx_cache.make_prompt_cache(model)
+                for layer in mlx_cache.make_prompt_cache(model, size)
             ]
             return self._stream(
                 prompt, cache, on_text, on_progress, draft_model=draft_model, **options
