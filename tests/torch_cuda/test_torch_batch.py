@@ -15,6 +15,7 @@ COMPRESSED = {
     "dense": {**RANKS, "attention": "dense"},
     "selective": {**RANKS, "attention": "selective", "budget": 32},
 }
+SHARED = ({"compression": 4}, {"compression": 3, "group_size": 8}, {"compression": 2})
 LENGTHS = (130, 40, 97)
 
 
@@ -65,6 +66,36 @@ def test_batch_without_padding_shares_one_cache():
     cache = xkv.torch_cache(model, **EXACT)
     assert greedy(model, prompt, n=24, cache=cache) == alone
     assert len(cache.sequences) == 1
+
+
+@pytest.mark.parametrize("options", SHARED, ids=str)
+def test_batch_without_padding_is_compressed_as_much_as_one_sequence(options):
+    model, prompt = make_model("llama", head_dim=32, num_hidden_layers=8), make_prompt(700, 4)
+    ratios = []
+    for rows in (prompt[:1], prompt[1:2], prompt[:2], prompt):
+        cache = xkv.torch_cache(model, **options)
+        xkv.torch_prefill(model, cache, rows)
+        dense = len(rows) * 8 * 699 * 2 * 2 * 32 * 4
+        assert cache.dense_bytes() == dense
+        ratios.append(dense / cache.held_bytes())
+    asked = options["compression"]
+    assert ratios == pytest.approx([asked] * 4, rel=0.03)
+    assert ratios[2:] == pytest.approx([sum(ratios[:2]) / 2] * 2, rel=0.02)
+
+
+@pytest.mark.parametrize("options", SHARED, ids=str)
+def test_short_batch_is_compressed_exactly_where_one_prompt_is(options):
+    model, found = make_model("llama", head_dim=32), {}
+    for batch in (1, 3):
+        for n_tokens in range(100, 700, 120):
+            rows = make_prompt(n_tokens, batch)
+            cache = xkv.torch_cache(model, **options)
+            model(rows, cache=cache, logits_to_keep=1)
+            model(rows[:, :1], cache=cache)
+            is_compressed = cache.sequences[0].layers[0].is_compressed
+            found.setdefault(batch, []).append(is_compressed)
+    assert found[1] == found[3]
+    assert False in found[1] and True in found[1]
 
 
 def test_later_turn_with_padding_of_its_own_and_crop():

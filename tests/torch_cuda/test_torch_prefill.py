@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 import xkv
+from tests.cache.machine import failing, same_state
 from tests.torch_models import FAMILIES, greedy, make_model, make_prompt
 from xkv import InputError
 
@@ -82,10 +85,17 @@ def test_list_of_other_layers_is_noticed(caplog):
     assert greedy(model, prompt, cache=cache) == want
 
 
-def test_out_of_memory_is_one_sentence_and_leaves_the_model_usable(monkeypatch):
-    model, prompt = make_model("llama"), make_prompt(150)
+def states_of(cache):
+    return [copy.deepcopy(group.state) for x in cache.sequences for group in x.groups]
+
+
+@pytest.mark.parametrize("n_seen", [0, 120])
+def test_out_of_memory_is_one_sentence_and_leaves_all_as_it_was(monkeypatch, n_seen):
+    model, prompt = make_model("llama"), make_prompt(250)
     want = greedy(model, prompt)
     cache = xkv.torch_cache(model, **EXACT)
+    xkv.torch_prefill(model, cache, prompt[:, : n_seen + 1], **STEP)
+    before = states_of(cache)
 
     def no_memory(*args):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
@@ -94,8 +104,55 @@ def test_out_of_memory_is_one_sentence_and_leaves_the_model_usable(monkeypatch):
         patch.setattr(model.model.layers[3].mlp, "forward", no_memory)
         with pytest.raises(InputError, match=r"ran out of memory .*2\.00 GiB\.\); the cache is as"):
             xkv.torch_prefill(model, cache, prompt, **STEP)
-    assert cache.get_seq_length() == 0 and cache.held_bytes() == 0
+    assert cache.get_seq_length() == n_seen and same_state(states_of(cache), before)
     assert not any("forward" in vars(layer) for layer in model.model.layers)
+    xkv.torch_prefill(model, cache, prompt, **STEP)
+    assert greedy(model, prompt, cache=cache) == want
+
+
+class Failure(Exception):
+    """Stands in for whatever goes wrong."""
+
+
+@pytest.mark.parametrize("kind", [Failure, KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("is_stream", [False, True], ids=["layers", "stream"])
+@pytest.mark.parametrize("is_padded", [False, True], ids=["plain", "padded"])
+def test_prefill_that_fails_anywhere_leaves_the_cache_as_it_was(kind, is_stream, is_padded):
+    model, prompt = make_model("gemma3"), make_prompt(150, batch=2)
+    mask = torch.ones_like(prompt)
+    mask[0, : 40 * is_padded] = 0
+    want = greedy(model, prompt, mask)
+    if is_stream:
+        model.model.layers[0].register_forward_hook(lambda layer, args, output: (output,))
+        model.model.layers[1].register_forward_pre_hook(lambda layer, args: (args[0][0],))
+    cache = xkv.torch_cache(model, **EXACT)
+    layers, n_failed = list(cache.layers), 0
+    for at in (1, 4, 9, 17, 30, 46, 77):
+        with failing(cache.backend, at, kind) as has_failed:
+            try:
+                xkv.torch_prefill(model, cache, prompt, attention_mask=mask, **STEP)
+            except kind:
+                n_failed += 1
+        if not has_failed():
+            break
+        assert cache.get_seq_length() == 0 and cache.held_bytes() == 0
+        assert cache.padding.is_token is None and len(cache.sequences) == 1
+        assert not cache.sequences[0].is_streaming and cache.layers == layers
+    assert n_failed >= 4
+    cache = cache if not has_failed() else xkv.torch_cache(model, **EXACT)
+    assert greedy(model, prompt, mask, cache=cache) == want
+
+
+def test_overflow_leaves_the_cache_as_it_was(monkeypatch):
+    model, prompt = make_model("llama"), make_prompt(150)
+    want = greedy(model, prompt)
+    cache = xkv.torch_cache(model, **EXACT)
+    values = model.model.layers[2].self_attn.v_proj
+    with monkeypatch.context() as patch:
+        patch.setattr(values, "forward", lambda x: x.new_full((*x.shape[:2], 32), torch.nan))
+        with pytest.raises(InputError, match="NaN"):
+            xkv.torch_prefill(model, cache, prompt, **STEP)
+    assert cache.get_seq_length() == 0 and cache.held_bytes() == 0
     xkv.torch_prefill(model, cache, prompt, **STEP)
     assert greedy(model, prompt, cache=cache) == want
 
