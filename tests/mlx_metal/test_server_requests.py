@@ -10,6 +10,8 @@ import pytest
 from mlx_lm.utils import load_tokenizer
 
 from tests.serving import ANSWER, CHAT, MESSAGES, Server, chat, text_of
+from xkv.backends.mlx_metal.server.errors import RequestError
+from xkv.errors import InputError
 from xkv.tiny import CHECKPOINT_DIR
 
 TEXT = "/v1/completions"
@@ -211,3 +213,10 @@ def test_template_that_lists_arguments_shows_malformed_ones(
     without = chat(naming_server, messages=history({}))
     shown = answer["usage"]["prompt_tokens"] - without["usage"]["prompt_tokens"]
     assert (shown == 0) == (ARGUMENTS[number] in (None, "", " "))
+
+
+def test_what_the_model_cannot_do_is_a_bad_request() -> None:
+    # mlx-lm calls whatever stops a generation 404
+    error = RequestError.of(InputError("leave the draft model out"), 404)
+    assert (error.status, str(error)) == (400, "leave the draft model out")
+    assert RequestError.of(MemoryError("no room"), 404).status == 500

@@ -12,6 +12,7 @@ from mlx_lm import server as mlx_server
 
 from xkv.backends.mlx_metal.server.errors import ClientGone, RequestError, error_text
 from xkv.backends.mlx_metal.server.stops import StopText
+from xkv.errors import InputError
 
 _LEAST_LOGPROB = -9999.0
 """OpenAI's for tokens that cannot be; JSON has no infinity."""
@@ -69,7 +70,7 @@ class Answers:
                 raise ClientGone("the client is gone")
         elif isinstance(item, Exception):
             self.has_failed = True
-            if not isinstance(item, (RequestError, ClientGone)):
+            if not isinstance(item, (RequestError, InputError, ClientGone)):
                 logging.error("the generation stopped", exc_info=item)
             _forget_frames(item)
         self._queue.put(item)

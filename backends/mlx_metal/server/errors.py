@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from http import HTTPStatus
 
+from xkv.errors import InputError
+
 MEMORY_PATH = "/xkv/memory"
 
 _MESSAGES = {
@@ -35,6 +37,8 @@ class RequestError(Exception):
         """An error that came up while serving, or None with the status mlx-lm gives it."""
         if isinstance(error, RequestError):
             return error
+        if isinstance(error, InputError):
+            return cls(400, str(error))
         if error is None:
             return cls(status, _MESSAGES.get(HTTPStatus(status), HTTPStatus(status).phrase))
         # mlx-lm calls whatever stops a generation 404
