@@ -121,9 +121,10 @@ def test_a_later_turn_with_a_draft(model, draft):
                 layer.trim(layer.offset - n_tokens)
 
 
-@pytest.mark.parametrize("name", ["nemotron-nas", "nanbeige"])
-def test_models_with_fewer_caches_than_layers(name, make):
-    target, draft = make(name), make("qwen2")
+def test_models_with_more_caches_than_layers(make):
+    pytest.importorskip("mlx_lm.models.nanbeige", reason="since mlx-lm 0.32")
+    target, draft = make("nanbeige"), make("qwen2")
+    assert len(make_prompt_cache(target)) > len(target.layers)
     want = [token for token, _ in generate_step(mx.array(PROMPT[:20]), target, max_tokens=6)]
     xkv.enable(target, **EXACT)
     cache = [x for each in (target, draft) for x in make_prompt_cache(each)]
@@ -175,8 +176,9 @@ def test_drafts_past_a_window_are_refused(name, make):
         assert is_sentence(error)
         with pytest.raises(InputError, match="an answer without end would fill it"):
             speculate(*pair, n_tokens=-1)
-    steps = speculative_generate_step(prompt, target, draft, max_tokens=3)
-    assert [token for token, *_ in steps] == plain
+    if name != "llama4":  # whose chunks cannot be trimmed at all before mlx-lm 0.32
+        steps = speculative_generate_step(prompt, target, draft, max_tokens=3)
+        assert [token for token, *_ in steps] == plain
 
 
 def test_drafts_for_a_state_are_refused(make):
@@ -224,4 +226,4 @@ def test_mlx_lm_is_as_before_when_disabled(loaded, model, draft):
         BatchGenerator.insert_segments,
     ):
         assert "mlx_lm" in function.__code__.co_filename
-    assert len(speculate(model, draft, kv_bits=4)) == 12
+    assert len(speculate(model, draft, kv_bits=4, quantized_kv_start=5000)) == 12
