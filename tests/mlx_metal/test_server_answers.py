@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.serving import ANSWER, MESSAGES, Server, chat, text_of
@@ -76,6 +76,8 @@ def test_stop_string_ends_the_generation_and_keeps_its_cache(server: Server) -> 
     assert usage["prompt_tokens"] - 1 <= kept <= usage["total_tokens"]
 
 
+@example(["ab", "x"], ["abc", "b"])
+@example(["ab"], ["abc", "b"])
 @given(
     pieces=st.lists(st.text("abé🙂", max_size=4), max_size=8),
     stops=st.lists(st.text("abé🙂", max_size=4), max_size=3),
