@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -13,7 +14,7 @@ from xkv.backends.torch_cuda.model.attention import install
 from xkv.backends.torch_cuda.model.calls import watch_calls
 from xkv.backends.torch_cuda.model.probe import base_model, probe_model
 from xkv.backends.torch_cuda.model.xkv_cache import XKVCache
-from xkv.cache.fingerprint import fingerprint
+from xkv.cache.fingerprint import fingerprint, stride
 from xkv.config import XKVConfig
 from xkv.planning.cache_plan import CachePlan
 from xkv.planning.profile import ModelIdentity
@@ -93,10 +94,17 @@ def model_fingerprint(model: PreTrainedModel) -> str:
         name: getattr(x, "to_local", lambda x=x: x)().detach()
         for name, x in model.named_parameters()
     }
-    return fingerprint(
-        ((name, tuple(x.shape)) for name, x in parameters.items()),
-        lambda name, n: parameters[name].reshape(-1)[:n].float().cpu().numpy(),
-    )
+    for name, module in model.named_modules():
+        # numbers beside an adapter's parameters, not among them
+        scales = getattr(module, "scaling", None) if hasattr(module, "lora_A") else None
+        for key, scale in scales.items() if isinstance(scales, dict) else ():
+            parameters[f"{name}.scale.{key}"] = torch.tensor(float(scale))
+
+    def few(name: str, n_values: int) -> Any:
+        x = parameters[name]
+        return x.reshape(-1)[:: stride(x.numel())][:n_values].float().cpu().numpy()
+
+    return fingerprint(((name, tuple(x.shape)) for name, x in parameters.items()), few)
 
 
 def plan_cache(model: PreTrainedModel, config: XKVConfig) -> CachePlan:
