@@ -23,6 +23,10 @@ Snapshot = tuple[tuple[GroupState, ...], dict[str, Any]]
 """What :meth:`LowRankCache.restore` goes back to."""
 
 
+_KEPT = ("notice", "ranks", "unspent", "is_streaming", "factorize_seconds", "_shape", "_n_factored")
+"""What a cache notes beside its groups' states."""
+
+
 class LowRankCache:
     """The compressed KV cache of one model for one conversation.
 
@@ -92,13 +96,9 @@ class LowRankCache:
             raise InputError("the cache is empty: run the prompt through the model first")
         return self._shape
 
-    @property
-    def has_shape(self) -> bool:
-        return self._shape is not None
-
     def snapshot(self) -> Snapshot:
         """The state as it is now; it costs no memory but for what is replaced from then on."""
-        kept = {name: vars(self)[name] for name in ("notice", "ranks", "unspent", "_shape")}
+        kept = {name: vars(self)[name] for name in _KEPT}
         return tuple(group.state for group in self.groups), kept
 
     def restore(self, snapshot: Snapshot) -> None:

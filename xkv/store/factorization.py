@@ -123,11 +123,7 @@ def factor_rows(
     if weights is not None:
         layers = [layer * w for layer, w in zip(layers, weights, strict=True)]
     total = sum(energy(backend, layer) for layer in layers)
-    if not math.isfinite(total):
-        raise InputError(
-            "the cache holds NaN or infinity, which cannot be factored: the model's activations "
-            "overflow; run it with the full cache, or in bfloat16"
-        )
+    refuse_overflow(total)
     means = [xp.mean(layer, axis=1, keepdims=True) for layer in layers]
     n_rows = layers[0].shape[1]
     moving = total - n_rows * sum(energy(backend, mean) for mean in means)
@@ -150,6 +146,15 @@ def factor_rows(
     backend.evaluate(latent, *bases)
     kept = None if weights is None else tuple(weights)
     return Factorization(latent, bases, total, lost, moving, kept)
+
+
+def refuse_overflow(total: float) -> None:
+    """Raise if rows whose squares sum to this are not finite."""
+    if not math.isfinite(total):
+        raise InputError(
+            "the cache holds NaN or infinity, which cannot be factored: the model's activations "
+            "overflow; run it with the full cache, or in bfloat16"
+        )
 
 
 def pack_together(

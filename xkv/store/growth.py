@@ -10,7 +10,7 @@ from xkv.ops.packed import Packed
 from xkv.ops.types import Array
 from xkv.store.bit_plan import choose
 from xkv.store.codec import BASIS_GROUP, pack_latent, pack_part
-from xkv.store.factorization import Factorization, turn_basis
+from xkv.store.factorization import Factorization, refuse_overflow, turn_basis
 from xkv.store.factors import GROWTH_STEP, SharedFactors
 from xkv.store.linear_algebra import energy, inverse
 from xkv.store.rotation import rotate_bands
@@ -56,6 +56,7 @@ def fold_rows(
     projected = _least_squares(backend, parts, flat, 0.0 if factors.is_plain else WEAK_DIRECTION)
     rests = [part - projected @ basis for part, basis in zip(parts, flat, strict=True)]
     total, lost = (sum(energy(backend, x) for x in xs) for xs in (parts, rests))
+    refuse_overflow(total)
     allowed = max(factors.error, ERROR_FLOOR) ** 2 * total
     bits = factors.growth_bits
     # packed bases are filled up to whole bands, and may be full without being complete
