@@ -9,143 +9,20 @@ speculative decoding, and factorizations that fail at any step. After every rule
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
-from xkv import InputError, RopeSpec, XKVConfig, load_backend
-from xkv.cache.lowrank_cache import LowRankCache
+from tests.cache.checking import Checking
+from tests.cache.settings import RANK, Setting, settings_of
+from tests.cache.twin import Pair, failing, ordered, same_state, state_of
+from xkv import InputError, load_backend
 from xkv.cache.state import read_layer, write_layer
-from xkv.checks.invariants import broken_invariants
-from xkv.ops.types import DynamicNTKRope
-from xkv.store.shapes import CacheShape, GroupShape
-
-RANK = 10
-"""Of the rows of one topic: the bases hold them, whatever the bits."""
-FAILING = ("evaluate", "own", "eigh", "cholesky", "quantize", "rope", "top_indices")
-"""Operations that fail in turn."""
-EXACT = 2e-4
-"""Relative error of float32 factors of full rank, after many folds."""
-LOOSE = 12.0
-"""How much worse than factors made at once those that grew turn by turn may be, by their errors."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """One model and one configuration."""
-
-    config: XKVConfig
-    groups: tuple[tuple[int, ...], ...]
-    n_heads: int
-    n_kv_heads: int
-    head_dim: int
-    batch: int
-    rope_name: str
-    is_mla: bool
-    is_streaming: bool
-
-    @property
-    def rope(self) -> Any:
-        """What rotates keys."""
-        if self.is_mla:
-            return None
-        return {
-            "none": None,
-            "halves": RopeSpec.standard(self.head_dim, 10_000.0),
-            "partial": RopeSpec.standard(self.head_dim // 2, 10_000.0, traditional=True),
-            "dynamic": DynamicNTKRope(self.head_dim, 10_000.0, 2.0, 100),
-        }[self.rope_name]
-
-    @property
-    def n_layers(self) -> int:
-        return sum(map(len, self.groups))
-
-    @property
-    def is_exact(self) -> bool:
-        return self.config.rank_k == "full"
-
-    def cache(self, backend: Any) -> LowRankCache:
-        """A new cache."""
-        groups = tuple(
-            GroupShape(len(group), self.n_kv_heads, self.head_dim, self.head_dim, self.is_mla)
-            for group in self.groups
-        )
-        shape = CacheShape(groups, 4) if self.is_mla else None
-        cache = LowRankCache(backend, self.config, self.groups, shape=shape)
-        cache.is_streaming = self.is_streaming
-        return cache
-
-
-@st.composite
-def settings_of(draw: Any) -> Setting:
-    """Every mode, with sizes small enough for hundreds of sequences."""
-    head_dim = draw(st.sampled_from((64, 64, 80, 96, 120, 128, 256)))
-    n_kv_heads = draw(st.sampled_from((1, 2))) if head_dim <= 128 else 1
-    groups = draw(st.sampled_from((((0, 1),), ((0,), (1, 2)), ((0, 2), (1, 3)), ((0,),))))
-    is_mla = draw(st.sampled_from((False,) * 7 + (True,)))
-    chunk_size = draw(st.sampled_from((1, 4, 8)))
-    size: dict[str, Any] = draw(
-        st.sampled_from(
-            (
-                {"rank_k": "full", "rank_v": "full"},
-                {"rank_k": "full", "rank_v": "full"},
-                {"rank_k": RANK, "rank_v": RANK},
-                {"compression": 2.0},
-                {"compression": 3.0},
-                {"compression": 1.5, "latent_bits": 16},
-            )
-        )
-    )
-    config = XKVConfig(
-        groups=groups,
-        **size,
-        sinks=draw(st.sampled_from((0, 2, 4))),
-        window=draw(st.sampled_from((0, 8, 16, None))),
-        max_tail=draw(st.sampled_from((1, 16, 40))),
-        attention="dense" if is_mla else draw(st.sampled_from(("auto", "dense", "selective"))),
-        budget=chunk_size * draw(st.sampled_from((4, 8))),
-        chunk_size=chunk_size,
-        landmark_bits=draw(st.sampled_from((4, 8, 16))),
-        outlier_chunks=draw(st.sampled_from((None, 0, 2))),
-        weighting=draw(st.sampled_from(("off", "off", "norm", "attention"))),
-    )
-    return Setting(
-        config,
-        groups,
-        n_kv_heads * draw(st.sampled_from((1, 3))),
-        n_kv_heads,
-        head_dim,
-        draw(st.sampled_from((1, 1, 1, 2))),
-        draw(st.sampled_from(("halves", "partial", "dynamic", "none"))),
-        is_mla,
-        draw(st.sampled_from((False, False, True))),
-    )
-
-
-@dataclass
-class Pair:
-    """A cache and what a full cache would hold: rows ``[B, n_kv_heads, L, head_dim]`` a layer."""
-
-    cache: LowRankCache
-    keys: list[np.ndarray]
-    values: list[np.ndarray]
-    topics: np.ndarray
-    """What each token is about."""
-
-    @property
-    def n_tokens(self) -> int:
-        return len(self.topics)
-
-
-class Interrupted(Exception):
-    """Stands in for whatever ends an operation."""
-
-
-class CacheMachine(RuleBasedStateMachine):
+class CacheMachine(Checking, RuleBasedStateMachine):
     """See the module; subclasses say which backend."""
 
     backend_name: str
@@ -154,9 +31,6 @@ class CacheMachine(RuleBasedStateMachine):
         super().__init__()
         self.backend = load_backend(self.backend_name, kernels="off")
         self.pairs: list[Pair] = []
-        self.files = 0
-
-    # -- drawing rows
 
     @initialize(setting=settings_of(), seed=st.integers(0, 2**16))
     def begin(self, setting: Setting, seed: int) -> None:
@@ -193,8 +67,6 @@ class CacheMachine(RuleBasedStateMachine):
 
     def spec(self, end: int) -> Any:
         return None if self.setting.rope is None else self.setting.rope.at(end)
-
-    # -- doing things
 
     def take(self, pair: Pair, layer_idx: int, rows: Any, topic: int) -> None:
         """One layer takes tokens, in the cache and in its twin."""
@@ -355,163 +227,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert offsets == {n_before + n_rows}
         for layer in pair.cache.layers.values():
             layer.trim(n_rows)
-            # what was watched of a prompt is of the rows that are left, too
         self.check(pair)
-
-    # -- checking
-
-    def check(self, pair: Pair) -> None:
-        """Invariants, and all rows against the twin's."""
-        cache = pair.cache
-        assert broken_invariants(cache) == []
-        assert {layer.offset for layer in cache.layers.values()} == {pair.n_tokens}
-        if not pair.n_tokens:
-            return
-        for layer_idx in cache.layers:
-            for rows, exact in zip(
-                cache.layers[layer_idx].dense(), (pair.keys, pair.values), strict=True
-            ):
-                got, want = self.backend.to_numpy(rows), exact[layer_idx]
-                assert got.shape == want.shape and np.isfinite(got).all()
-                error, allowed = row_error(got, want), self.allowed(pair)
-                assert error <= allowed, (layer_idx, error, allowed, cache.groups[0].layers)
-
-    def allowed(self, pair: Pair) -> float:
-        """Relative error of rows that may come back."""
-        if self.setting.is_exact:
-            return EXACT
-        if pair.topics.any():
-            # the basis may have no room for a new topic, but it is never worse than nothing
-            return 1.0
-        errors = [x.error for group in pair.cache.groups for x in group.state.factors]
-        return max(EXACT, LOOSE * max(errors, default=0.0), 0.05 * bool(errors))
-
-    def check_attention(self, pair: Pair, layer_idx: int, queries: Any) -> None:
-        """What the model is answered: attention over the rows that the layer gives back."""
-        layer, s = pair.cache.layers[layer_idx], self.setting
-        n_queries, offset = queries.shape[2], layer.offset
-        scale = s.head_dim**-0.5
-        seen = np.arange(offset - n_queries, offset)[:, None] >= np.arange(offset)
-        mask = None if n_queries == 1 else self.backend.from_numpy(seen)
-        got = self.backend.to_numpy(layer.attend(queries, scale, mask))
-        if s.is_exact:
-            keys, values = pair.keys[layer_idx], pair.values[layer_idx]
-        else:
-            keys, values = (self.backend.to_numpy(x) for x in layer.dense())
-        attended = np.broadcast_to(seen, (s.batch, s.n_kv_heads, n_queries, offset))
-        if layer.is_compressed and layer.landmarks is not None and n_queries == 1:
-            attended = self.selected(pair, layer_idx, queries, scale)
-            if not s.is_exact:
-                keys, values = self.with_outliers(pair, layer_idx, keys, values)
-        want = attention(self.backend.to_numpy(queries), keys, values, attended, scale)
-        error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-6)
-        assert error <= 2e-3, (error, layer.rows.n_segment, layer.rows.n_recent)
-
-    def selected(self, pair: Pair, layer_idx: int, queries: Any, scale: float) -> np.ndarray:
-        """Which rows a step attends to: all that are dense or recent, and the chosen chunks."""
-        layer, backend = pair.cache.layers[layer_idx], self.backend
-        rows = layer.rows
-        assert rows.landmarks is not None
-        size, start = rows.landmarks.chunk_size, rows.start
-        # every row of the segment is in a chunk, or nothing could choose it
-        assert rows.landmarks.n_chunks * size == rows.n_segment
-        chunks = backend.to_numpy(
-            backend.select_chunks(queries, rows.landmarks, self.setting.config.budget, scale)
-        )
-        attended = np.ones((*chunks.shape[:2], 1, layer.offset), bool)
-        attended[..., start : start + rows.n_segment] = False
-        outliers = backend.to_numpy(rows.landmarks.is_outlier)
-        for batch, head in np.ndindex(*chunks.shape[:2]):
-            for chunk in (*chunks[batch, head], *np.nonzero(outliers[batch, head])[0]):
-                first = start + int(chunk) * size
-                attended[batch, head, 0, first : first + size] = True
-        return attended
-
-    def with_outliers(
-        self, pair: Pair, layer_idx: int, keys: np.ndarray, values: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Rows with the outlier chunks' exact ones in their places."""
-        rows = pair.cache.layers[layer_idx].rows
-        assert rows.landmarks is not None
-        size, start = rows.landmarks.chunk_size, rows.start
-        outliers = self.backend.to_numpy(rows.landmarks.is_outlier)
-        keys, values = keys.copy(), values.copy()
-        for batch, head, chunk in zip(*np.nonzero(outliers), strict=True):
-            at = (batch, head, slice(start + chunk * size, start + (chunk + 1) * size))
-            keys[at], values[at] = pair.keys[layer_idx][at], pair.values[layer_idx][at]
-        return keys, values
-
-
-def row_error(got: np.ndarray, want: np.ndarray) -> float:
-    """Relative error of all rows."""
-    return float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-6))
-
-
-def attention(
-    queries: np.ndarray, keys: np.ndarray, values: np.ndarray, attended: np.ndarray, scale: float
-) -> np.ndarray:
-    """In float64: ``[B, n_heads, Lq, dim]``; ``attended`` is ``[B, n_kv_heads, Lq, L]``."""
-    n_shared = queries.shape[1] // keys.shape[1]
-    keys, values, attended = (np.repeat(x, n_shared, axis=1) for x in (keys, values, attended))
-    scores = np.einsum("bhqd,bhkd->bhqk", queries.astype(np.float64), keys) * scale
-    scores = np.where(attended, scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum("bhqk,bhkd->bhqd", weights / weights.sum(-1, keepdims=True), values)
-
-
-def ordered(cache: LowRankCache) -> list[Any]:
-    """Handles in the order in which a file has them."""
-    return list(cache.layers.values())
-
-
-def state_of(cache: LowRankCache) -> list[Any]:
-    """Every group's state."""
-    return [group.state for group in cache.groups]
-
-
-def same_state(first: Any, second: Any) -> bool:
-    """Whether two states are equal, their arrays bit by bit."""
-    if first is second:
-        return True
-    if isinstance(first, (list, tuple)):
-        return len(first) == len(second) and all(map(same_state, first, second))
-    if hasattr(first, "__dataclass_fields__"):
-        return all(
-            same_state(getattr(first, name), getattr(second, name))
-            for name in first.__dataclass_fields__
-        )
-    if hasattr(first, "shape") and hasattr(second, "shape"):
-        if tuple(first.shape) != tuple(second.shape) or first.dtype != second.dtype:
-            return False
-        return bool(((first == second) | (first != first) & (second != second)).all())
-    return bool(first == second)
-
-
-class failing:
-    """The ``at``-th operation of a backend raises, while the block runs."""
-
-    def __init__(self, backend: Any, at: int, kind: type[BaseException]) -> None:
-        self.backend, self.left, self.kind = backend, at, kind
-        self.has_failed = False
-
-    def __enter__(self) -> Callable[[], bool]:
-        for name in FAILING:
-            vars(self.backend)[name] = self._wrapped(getattr(self.backend, name))
-        return lambda: self.has_failed
-
-    def _wrapped(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        def operation(*args: Any, **kwargs: Any) -> Any:
-            self.left -= 1
-            if not self.left:
-                self.has_failed = True
-                raise self.kind("the operation was ended")
-            return original(*args, **kwargs)
-
-        return operation
-
-    def __exit__(self, *exc: object) -> None:
-        for name in FAILING:
-            del vars(self.backend)[name]
 
 
 class MLXCache(CacheMachine):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.cache.conversation import HEAD_DIM, N_KV_HEADS, Conversation
-from tests.cache.machine import failing
+from tests.cache.twin import failing
 from xkv import InputError, load_backend
 from xkv.checks.invariants import broken_invariants
 
