@@ -70,7 +70,8 @@ def torch_cache(model: Any, config: XKVConfig | None = None, **options: Any) -> 
     """An empty compressed cache for a transformers model.
 
     ``model.generate(input_ids, cache=xkv.torch_cache(model))`` (``past_key_values=`` before
-    transformers 5.24), batches with left padding too. From then on the model's attention function
+    transformers 5.24), batches with left padding too; beams, several answers and drafts work. Rows
+    are stored without gradients. From then on the model's attention function
     is ``"xkv"``, which is sdpa for every other cache; ``model.set_attn_implementation`` gives it
     another one.
 
@@ -107,7 +108,8 @@ def torch_prefill(model: Any, cache: Any, input_ids: Any, **options: Any) -> Non
             (2048); ``on_progress``, called with tokens done and in all.
 
     Raises:
-        InputError: If the device runs out of memory: the model is as before, the cache is empty.
+        InputError: If the device runs out of memory, or rows overflow. After any error, Ctrl-C
+            included, model and cache are as before.
     """
     load_backend_module("torch").torch_prefill(model, cache, input_ids, **options)
 
