@@ -20,7 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ import torch
 import transformers
 from gpu_caches import DenseLayer, copied, tensors
 from gpu_factorizations import compare_factorizations
+from gpu_rows import Row, markdown, summary
 from transformers.cache_utils import Cache
 
 import xkv
@@ -60,41 +61,6 @@ TINY = SHAPE | {
 PAPER = {"rank_k": 384, "rank_v": 576, "budget": 2048}
 SMALL = {"rank_k": 24, "rank_v": 36, "budget": 64, "window": 16, "max_tail": 16}
 WARM_UP = 2
-
-
-@dataclass(frozen=True)
-class Row:
-    """One form at one length and batch."""
-
-    tokens: int
-    form: str
-    batch: int
-    prefill_s: float
-    factorize_s: float
-    step_ms: float
-    low_ms: float
-    high_ms: float
-    tokens_per_s: float
-    held_bytes: int
-    prefill_peak_bytes: int
-    peak_bytes: int
-    is_largest: bool
-
-    def cells(self) -> dict[str, str]:
-        """As the table shows it."""
-        return {
-            "tokens": f"{self.tokens:,}",
-            "form": self.form,
-            "batch": f"{self.batch}{' (largest)' if self.is_largest else ''}",
-            "prefill s": f"{self.prefill_s:.2f}",
-            "factorize s": f"{self.factorize_s:.2f}",
-            "step ms": f"{self.step_ms:.2f}",
-            "middle half": f"{self.low_ms:.2f} - {self.high_ms:.2f}",
-            "tokens/s": f"{self.tokens_per_s:.1f}",
-            "held GB": f"{self.held_bytes / 1e9:.3f}",
-            "prefill peak GB": f"{self.prefill_peak_bytes / 1e9:.3f}",
-            "decode peak GB": f"{self.peak_bytes / 1e9:.3f}",
-        }
 
 
 class Bench:
@@ -231,31 +197,6 @@ class Bench:
         cache, _ = self._prefill(None, prompt)
         rows = [layer.keys[0, :, :n_tokens].float() for layer in cache.layers[:4]]
         return [x.transpose(0, 1).contiguous() for x in rows]
-
-
-def markdown(rows: list[dict[str, str]]) -> str:
-    """A table with the columns of its first row."""
-    lines = ["| " + " | ".join(rows[0]) + " |", "| " + " | ".join("---" for _ in rows[0]) + " |"]
-    return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in rows)])
-
-
-def summary(rows: list[Row]) -> list[str]:
-    """Each form beside full attention, both at their best batch."""
-    lines = []
-    for n_tokens in dict.fromkeys(row.tokens for row in rows):
-        best: dict[str, float] = {}
-        largest: dict[str, int] = {}
-        for row in rows:
-            if row.tokens == n_tokens:
-                best[row.form] = max(best.get(row.form, 0.0), row.tokens_per_s)
-                largest[row.form] = max(largest.get(row.form, 0), row.batch)
-        for form in list(best)[1:]:
-            lines.append(
-                f"{n_tokens:,} tokens: {form} decodes {best[form] / best['full']:.2f} x as many "
-                f"tokens/s as full attention, each at its best batch; largest batch "
-                f"{largest[form]} against {largest['full']}"
-            )
-    return lines
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ from collections import Counter
 from tests.cache.machine import MLXCache, TorchCache
 from tests.machines import run
 from tests.mlx_metal.model_machine import ModelMachine
-from tests.torch_cuda.test_torch_machine import TransformersCache
+from tests.torch_cuda.machine import TransformersCache
 
 MACHINES = {
     "cache-mlx": MLXCache,

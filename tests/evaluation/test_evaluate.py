@@ -1,12 +1,6 @@
 """``python -m xkv.evaluate``: what it measures is what the model says, and a run can go on."""
 
 import json
-import math
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import mlx.core as mx
 import numpy as np
@@ -19,8 +13,8 @@ from xkv import InputError, XKVConfig, evaluate
 from xkv.backends.mlx_metal import attention_seam, make_prompt_cache
 from xkv.checks.tolerances import relative_error
 from xkv.evaluation.run import ROOM, Evaluation, make_settings
-from xkv.evaluation.store import RESULTS, Key, Store
-from xkv.evaluation.summary import Cell, collect, csv_text, markdown, rows_of
+from xkv.evaluation.store import RESULTS, Store
+from xkv.evaluation.summary import collect
 from xkv.evaluation.tasks import TASKS
 from xkv.planning.language_model import load_language_model
 from xkv.tiny import CHECKPOINT_DIR
@@ -255,53 +249,6 @@ def test_more_questions_complete_the_last_document(mlx_model, tmp_path):
             assert {len(cell.scores) for cell in collect(store.results())} == {n_questions}
 
 
-def test_killed_process_resumes(tmp_path):
-    command = [sys.executable, "-m", "xkv.evaluate", "--tasks", "needle", "--lengths", "300"]
-    command += ["--methods", "rotating", "--ratios", "2", "--samples", "30", "--out", str(tmp_path)]
-    results = tmp_path / RESULTS
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not results.exists() or results.read_text().count("\n") < 3:
-        assert process.poll() is None
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    # as a kill in the middle of a write would leave it
-    whole = results.read_text()
-    results.write_text(whole + whole[:50])
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    after = results.read_text()
-    assert after.startswith(whole)
-    keys = [tuple(json.loads(line)[name] for name in Key._fields) for line in after.splitlines()]
-    assert len(keys) == len(set(keys)) == 20
-    assert "30 questions a cell" in done.stdout
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "results.jsonl",
-        "run.json",
-        "summary.csv",
-        "summary.md",
-        "summary.png",
-    }
-
-
-def test_a_folder_keeps_to_one_run(tmp_path):
-    Store(str(tmp_path), {"model": "a"}).close()
-    with pytest.raises(InputError, match=r"results of another run: model a \(now b\)"):
-        Store(str(tmp_path), {"model": "b"})
-
-
-def test_full_disk_is_one_sentence_and_keeps_what_was_done(tmp_path):
-    with Store(str(tmp_path), {}) as store:
-        store.add(Key("needle", 1, 1, "full", None), {"answers": []})
-        store._file.close()
-        store._file = open("/dev/full", "w")  # noqa: SIM115
-        with pytest.raises(InputError, match="No space left on device; what was done"):
-            store.add(Key("needle", 1, 2, "full", None), {"answers": []})
-        store._file = open(os.devnull, "w")  # noqa: SIM115
-    with Store(str(tmp_path), {}) as store:
-        assert store.is_done(Key("needle", 1, 1, "full", None), 0)
-        assert not store.is_done(Key("needle", 1, 2, "full", None), 0)
-
-
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -325,57 +272,3 @@ def test_mistakes_are_one_sentence(flags, sentence, tmp_path, capsys):
     assert ended.value.code == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(error) == 1 and sentence in error[0]
-
-
-def make_line(task, method, ratio, scores, held=50, **more):
-    answers = [{"score": score} for score in scores]
-    base = {"task": task, "length": 1000, "seed": 1, "method": method, "ratio": ratio}
-    return {**base, "dense_bytes": 100, "held_bytes": held, "answers": answers, **more}
-
-
-def test_summary_counts_what_the_full_cache_can_do():
-    lines = [
-        make_line("needle", "full", None, [1, 1, 1, 1], held=100),
-        make_line("common_words", "full", None, [0.5, 0.7], held=100),
-        make_line("needle", "xkv", 2.0, [1, 0]),
-        make_line("needle", "xkv", 2.0, [1, 0]),
-        make_line("common_words", "xkv", 2.0, [0, 0]),
-        {**make_line("needle", "svd", 2.0, []), "problem": "kept dense: too short"},
-    ]
-    cells = collect(lines)
-    full, mine, svd = rows_of(cells, 1000)
-    assert full.counted == ("needle",)
-    assert (full.mean, mine.mean, mine.held_ratio) == (1.0, 0.5, 2.0)
-    assert not svd.done
-    text = markdown(cells)
-    assert "common_words *" in text and "**50.0%** ±35.0" in text
-    assert "svd at 2x: kept dense: too short" in text
-    header, *rows = (line.split(",") for line in csv_text(cells).splitlines())
-    table = [dict(zip(header, row, strict=True)) for row in rows]
-    assert [row["n"] for row in table] == ["4", "2", "4", "2", "0"]
-    assert float(table[2]["score"]) == 0.5 and float(table[2]["held_ratio"]) == 2
-
-
-def test_interval_is_wilsons():
-    cell = Cell("needle", 1000, "xkv", 4.0, scores=[1.0] * 81 + [0.0] * 182)
-    # Newcombe, Statistics in Medicine 17 (1998), table I: 81 of 263
-    assert cell.interval == pytest.approx((0.2553, 0.3662), abs=5e-5)
-
-
-def test_question_aware_methods_say_so():
-    text = markdown(
-        collect(
-            [make_line("needle", "full", None, [1]), make_line("needle", "snapkv-query", 4.0, [1])]
-        )
-    )
-    assert "snapkv-query at 4x (sees the question)" in text
-
-
-def test_perplexity_table_shows_the_mean():
-    lines = [
-        make_line("ppl", "full", None, [], nll=1.0, kl=0.0),
-        make_line("ppl", "full", None, [], nll=3.0, kl=0.0),
-        make_line("ppl", "xkv", 2.0, [], nll=2.0, kl=0.25),
-    ]
-    text = markdown(collect(lines))
-    assert f"{math.exp(2):.3f}" in text and "0.25000" in text

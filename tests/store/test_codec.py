@@ -1,4 +1,4 @@
-"""Factors in few bits: what packing keeps, which bits are chosen, and what is refused."""
+"""Factors in few bits: what packing keeps, and what is refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from xkv.ops.attention import reconstruct
 from xkv.ops.packed import Packed, unpacked
 from xkv.ops.selection import take_rows
 from xkv.ops.types import Segment
-from xkv.store.bit_plan import Option, choose, smallest_bytes
+from xkv.store.bit_plan import Option, smallest_bytes
 from xkv.store.codec import pack_basis, pack_latent, pack_part
 from xkv.store.factorization import Factorization, factor_rows, pack_together
 from xkv.store.rotation import rotate_bands
@@ -225,30 +225,6 @@ def test_both_backends_pack_the_same_factors():
     )
     # two quantizations of the same rows differ by no more than each does from them
     assert relative_error(first, second.astype(np.float64)) < 2 * value_error(caches[0])
-
-
-def brute_force(bands, budget: int) -> float:
-    plans = itertools.product(*bands)
-    return min(
-        sum(o.error for o in plan) for plan in plans if sum(o.n_bytes for o in plan) <= budget
-    )
-
-
-def test_choice_is_near_the_best_of_all():
-    generator = np.random.default_rng(0)
-    for _ in range(20):
-        bands = [
-            [
-                Option(n_bytes, energy * 4.0 ** -(n_bytes // 10), n_bytes, 0)
-                for n_bytes in (0, 20, 30, 45, 60)
-            ]
-            for energy in generator.exponential(size=4)
-        ]
-        for budget in (0, 40, 95, 150, 240):
-            chosen = choose(bands, budget)
-            assert sum(option.n_bytes for option in chosen) <= budget
-            lost = sum(option.error for option in chosen)
-            assert lost <= 1.5 * brute_force(bands, budget) + 1e-9
 
 
 def test_needed_bands_are_kept(backend):

@@ -1,7 +1,7 @@
 // Math functions of MSL. There is one overload per scalar type and no other, so that a call with
 // mixed types, like max(half, float), is ambiguous here as it is on Metal.
 #pragma once
-#include "types.h"
+#include "vectors.h"
 
 #define INFINITY __builtin_inff()
 #define NAN __builtin_nanf("")

@@ -1,0 +1,65 @@
+"""What a benchmark on a GPU found: a row a form, length and batch, their table, their summary."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Row:
+    """One form at one length and batch."""
+
+    tokens: int
+    form: str
+    batch: int
+    prefill_s: float
+    factorize_s: float
+    step_ms: float
+    low_ms: float
+    high_ms: float
+    tokens_per_s: float
+    held_bytes: int
+    prefill_peak_bytes: int
+    peak_bytes: int
+    is_largest: bool
+
+    def cells(self) -> dict[str, str]:
+        """As the table shows it."""
+        return {
+            "tokens": f"{self.tokens:,}",
+            "form": self.form,
+            "batch": f"{self.batch}{' (largest)' if self.is_largest else ''}",
+            "prefill s": f"{self.prefill_s:.2f}",
+            "factorize s": f"{self.factorize_s:.2f}",
+            "step ms": f"{self.step_ms:.2f}",
+            "middle half": f"{self.low_ms:.2f} - {self.high_ms:.2f}",
+            "tokens/s": f"{self.tokens_per_s:.1f}",
+            "held GB": f"{self.held_bytes / 1e9:.3f}",
+            "prefill peak GB": f"{self.prefill_peak_bytes / 1e9:.3f}",
+            "decode peak GB": f"{self.peak_bytes / 1e9:.3f}",
+        }
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """A table with the columns of its first row."""
+    lines = ["| " + " | ".join(rows[0]) + " |", "| " + " | ".join("---" for _ in rows[0]) + " |"]
+    return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in rows)])
+
+
+def summary(rows: list[Row]) -> list[str]:
+    """Each form beside full attention, both at their best batch."""
+    lines = []
+    for n_tokens in dict.fromkeys(row.tokens for row in rows):
+        best: dict[str, float] = {}
+        largest: dict[str, int] = {}
+        for row in rows:
+            if row.tokens == n_tokens:
+                best[row.form] = max(best.get(row.form, 0.0), row.tokens_per_s)
+                largest[row.form] = max(largest.get(row.form, 0), row.batch)
+        for form in list(best)[1:]:
+            lines.append(
+                f"{n_tokens:,} tokens: {form} decodes {best[form] / best['full']:.2f} x as many "
+                f"tokens/s as full attention, each at its best batch; largest batch "
+                f"{largest[form]} against {largest['full']}"
+            )
+    return lines
