@@ -161,7 +161,7 @@ class Bench:
             return True
         return False
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _decode(self, one: Cache, batch: int, n_steps: int) -> dict[str, Any]:
         self._collect()
         device = self.backend.device

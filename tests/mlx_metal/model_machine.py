@@ -61,9 +61,7 @@ class ModelMachine(RuleBasedStateMachine):
     def begin(self, name: str, seed: int, **options: int) -> None:
         self.random = np.random.default_rng(seed)
         self.model = model_of(name)
-        xkv.enable(
-            self.model, rank_k="full", rank_v="full", attention="dense", sinks=2, **options
-        )
+        xkv.enable(self.model, rank_k="full", rank_v="full", attention="dense", sinks=2, **options)
         self.conversations = [Conversation(mlx_cache.make_prompt_cache(self.model), [])]
 
     def teardown(self) -> None:

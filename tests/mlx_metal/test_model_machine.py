@@ -1,4 +1,4 @@
-"""A short run of :mod:`tests.mlx_metal.model_machine`; ``scripts/try_everything.py`` runs longer."""
+"""A short run of the models' machine; ``scripts/try_everything.py`` runs longer."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import pytest
@@ -14,6 +15,7 @@ from tests.torch_models import FAMILIES, TINY, greedy, make_model, make_prompt
 from xkv import InputError
 from xkv.backends.torch_cuda.model.attention import ATTENTION, xkv_attention
 from xkv.backends.torch_cuda.model.cache_layer import XKVLayer
+from xkv.backends.torch_cuda.model.probe import cache_argument
 
 EXACT = {"rank_k": "full", "rank_v": "full", "window": 16, "max_tail": 16, "group_size": 2}
 MLA = ("deepseek_v2", "deepseek_v3")
@@ -188,3 +190,19 @@ def test_four_dimensional_masks_are_refused():
     mask = torch.ones(1, 1, 20, 20, dtype=torch.bool)
     with pytest.raises(InputError, match=r"attention mask of shape \(1, 1, 20, 20\)"):
         model(prompt, attention_mask=mask, cache=xkv.torch_cache(model))
+
+
+def test_a_copy_made_in_inference_mode_goes_on_outside_it():
+    model = make_model("llama")
+    prompt = make_prompt(120)
+    with torch.inference_mode():
+        cache = xkv.torch_cache(model, **EXACT)
+        model(prompt, **{cache_argument(model): cache})
+        twin = copy.deepcopy(cache)
+        model(prompt[:, :1], **{cache_argument(model): twin})
+    with torch.no_grad():
+        logits = [
+            model(prompt[:, :2], **{cache_argument(model): each}).logits for each in (twin, cache)
+        ]
+    assert twin.get_seq_length() == cache.get_seq_length() + 1
+    assert all(bool(x.isfinite().all()) for x in logits)

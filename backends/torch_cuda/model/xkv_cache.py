@@ -59,6 +59,12 @@ class XKVCache(Cache):
         """The low-rank caches, one for the batch or, where rows are padding, one a sequence."""
         super().__init__(layers=self._new_layers())
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> XKVCache:
+        memo[id(self)] = twin = type(self).__new__(type(self))
+        with storing():
+            vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
     def _new_sequence(self) -> LowRankCache:
         return self.plan.lowrank_cache(self.backend, self._on_progress, self._output_energies)
 
