@@ -166,8 +166,8 @@ def test_calibrate_command_writes_into_the_models_directory(capsys, folder, tmp_
     [
         (["--prompt", "too short"], "at least 256"),
         (["--groups", "6"], "5 layers of 1 kinds cannot be 6 groups"),
-        (["--groups", "0"], "cannot be 0 groups"),
-        (["--group-size", "0"], "group_size=0"),
+        (["--groups", "0"], "--groups 0 must be at least 1"),
+        (["--group-size", "0"], "--group-size 0 must be at least 1"),
         (["--out", "/proc/none/p.json"], "cannot write /proc/none/p.json"),
     ],
 )

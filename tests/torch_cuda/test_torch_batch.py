@@ -87,7 +87,7 @@ def test_batch_without_padding_is_compressed_as_much_as_one_sequence(options):
 def test_short_batch_is_compressed_exactly_where_one_prompt_is(options):
     model, found = make_model("llama", head_dim=32), {}
     for batch in (1, 3):
-        for n_tokens in range(100, 700, 120):
+        for n_tokens in range(30, 690, 110):
             rows = make_prompt(n_tokens, batch)
             cache = xkv.torch_cache(model, **options)
             model(rows, cache=cache, logits_to_keep=1)

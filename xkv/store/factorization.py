@@ -199,17 +199,19 @@ def _turn_to_stored(backend: Backend, stored: Packed, columns: Sequence[Array]) 
     xp = backend.xp
     wide = backend.accumulate_dtype(columns[0])
     n_rows = stored.shape[1]
-    gram = product = rest = None
+    gram: Any = 0.0
+    product: Any = 0.0
+    rest: Any = 0.0
     for start in range(0, n_rows, FITTED_ROWS):
         end = min(start + FITTED_ROWS, n_rows)
         before = xp.concat([xp.astype(x[:, start:end], wide) for x in columns], axis=-1)
         after = xp.astype(stored.rows(start, end).unpack(backend), wide)
+        lost = before - after
+        backend.evaluate(after, lost)
+        del before
         turned = xp.matrix_transpose(after)
-        added = turned @ after, turned @ (before - after), xp.sum((before - after) ** 2, axis=1)
-        if gram is None:
-            gram, product, rest = added
-        else:
-            gram, product, rest = gram + added[0], product + added[1], rest + added[2]
+        gram, product = gram + turned @ after, product + turned @ lost
+        rest = rest + xp.sum(xp.sum(lost * lost, axis=1), axis=-1)
         backend.evaluate(gram, product, rest)
     eye = xp.eye(stored.rank, dtype=wide, **backend.placement)
     # columns of one length, so that what keeps the matrix regular costs weak ones no precision
@@ -218,7 +220,7 @@ def _turn_to_stored(backend: Backend, stored: Packed, columns: Sequence[Array]) 
     scaled = gram / (size[..., None] * size[..., None, :])
     # columns that hold less than rounding leaves would make up for it with steep slopes, which fit
     # these rows and no later ones
-    steep = FIT_PRIOR * xp.mean(rest, axis=-1, keepdims=True) / size**2
+    steep = FIT_PRIOR / stored.rank * rest[..., None] / size**2
     solved = inverse(backend, scaled + (FIT_RIDGE + steep[..., None]) * eye)
     correction = xp.matrix_transpose(product / size[..., None]) @ solved / size[..., None, :]
     return correction + eye
