@@ -79,21 +79,19 @@ class Answers:
             self._queue.put(None)
 
     def _cut(self, response: Any) -> Answer:
-        text, end = self._stops.add(response.text), response.finish_reason
+        fields = vars(response)
+        if len(fields.get("match") or ()) == 1:
+            # mlx-lm up to 0.31 blanks a control token's text later, with what was held back
+            fields = {**fields, "text": "", "match": None}
+        text, end = self._stops.add(fields["text"]), response.finish_reason
         if end is not None and not self._stops.is_found:
             text += self._stops.end()
         if self._stops.is_found:
             end = "stop"
             self.context.stop()
-        return Answer(
-            text,
-            response.token,
-            response.logprob,
-            None if end is None else "length",
-            response.top_tokens,
-            end,
-            self._entry(response) if self._has_logprobs else None,
-        )
+        fields = fields | {"text": text, "finish_reason": None if end is None else "length"}
+        entry = self._entry(response) if self._has_logprobs else None
+        return Answer(**fields, end=end, entry=entry)
 
     def _entry(self, response: Any) -> dict[str, Any]:
         top = sorted(response.top_tokens, key=lambda x: x["logprob"], reverse=True)

@@ -47,6 +47,9 @@ def checked(body: dict[str, Any]) -> dict[str, Any]:
     for name in _INTEGERS:
         if name in given and abs(_integer(name, given[name])) > _LARGEST:
             raise _error(f"{name} must be at most {_LARGEST}")
+    for name in ("max_tokens", "max_completion_tokens"):
+        if given.get(name, 1) < 1:
+            raise _error(f"{name} must be at least 1")
     if "seed" in given:
         given["seed"] = _integer("seed", given["seed"]) % _N_SEEDS
     for name in ("n", "best_of"):
@@ -84,6 +87,9 @@ def malformed_calls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                     arguments = json.loads(arguments)
                 except (ValueError, RecursionError):
                     function["arguments"] = json.dumps(arguments) if arguments.strip() else ""
+            elif arguments is not None:
+                # mlx-lm up to 0.31 reads text only
+                function["arguments"] = json.dumps(arguments)
             if function and not isinstance(arguments, dict):
                 found.append(function)
     return found
@@ -93,7 +99,8 @@ def wrap_arguments(functions: Sequence[dict[str, Any]]) -> None:
     """Make arguments an object, for chat templates that list them by name."""
     for function in functions:
         arguments = function.get("arguments")
-        function["arguments"] = {} if arguments in (None, "") else {"arguments": arguments}
+        wrapped = {} if arguments in (None, "") else {"arguments": arguments}
+        function["arguments"] = json.dumps(wrapped)
 
 
 def _error(message: str) -> RequestError:
