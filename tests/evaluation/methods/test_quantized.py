@@ -17,7 +17,7 @@ from xkv.evaluation.methods import parse_method
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_quantized_rows_are_those_of_mlx(backend, bits, dtype):
     document = make_document(backend, 50, n_layers=2, head_dim=128, dtype=dtype)
     compressed = parse_method(f"quantized:bits={bits}").compress(document, None)
@@ -29,7 +29,7 @@ def test_quantized_rows_are_those_of_mlx(backend, bits, dtype):
             np.testing.assert_array_equal(backend.to_numpy(got), np.array(want))
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_quantized_bytes_are_those_of_mlx_lm(backend, bits):
     document = make_document(backend, 512, n_layers=2, head_dim=64, dtype="float16")
     cache = QuantizedKVCache(group_size=64, bits=bits)

@@ -15,10 +15,11 @@ class Quantized(Method):
 
     Each token is quantized by itself, in groups of neighbouring features that share a scale and a
     bias in the KV dtype, which take part in the bytes: 4 bits are 4.5 with groups of 64. Nothing is
-    dropped, so that the size is what the bits say.
+    dropped, so that the size is what the bits say. mlx-lm's own cache makes room for 3, 5 and 6
+    bits at some head sizes only, 64 among them; here the rows are the same at all of them.
 
     Args:
-        bits: 2, 4 or 8.
+        bits: 2, 3, 4, 5, 6 or 8.
         group_size: Features that share a scale and a bias: 32, 64 or 128.
 
     Source: mlx-lm, ``models/cache.py``.
@@ -31,8 +32,8 @@ class Quantized(Method):
     group_size: int = 64
 
     def __post_init__(self) -> None:
-        if self.bits not in (2, 4, 8):
-            raise InputError(f"bits={self.bits} must be 2, 4 or 8")
+        if self.bits not in (2, 3, 4, 5, 6, 8):
+            raise InputError(f"bits={self.bits} must be 2, 3, 4, 5, 6 or 8")
         if self.group_size not in (32, 64, 128):
             raise InputError(f"group_size={self.group_size} must be 32, 64 or 128")
 
