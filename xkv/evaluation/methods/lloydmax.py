@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -87,7 +88,7 @@ class LloydMax(Method):
         """The level of each number, in units of its group's scale."""
         xp, levels = document.backend.xp, normal_levels(self.bits)
         nearest = xp.zeros_like(groups) + levels[0]
-        for lower, upper in zip(levels, levels[1:], strict=False):
+        for lower, upper in itertools.pairwise(levels):
             is_above = groups > scale * ((lower + upper) / 2)
             nearest = nearest + xp.where(is_above, upper - lower, 0.0)
         return nearest
