@@ -38,12 +38,6 @@ NOT_BUILT: dict[str, str] = {
     "olmo": "Exits at import without hf_olmo, and fails on prompts by adding the mask 'causal'."
 }
 
-# Where mlx-lm's own logits depend on how a prompt is split into calls, and why.
-CHUNK_DEPENDENT: dict[str, str] = {
-    "phi3small": "Block-sparse layers add a boolean mask, so they see later tokens of one call.",
-    "plamo3": "The mask lets a call see one token more than the rotating cache keeps.",
-}
-
 
 def _randomize(name: str, value: mx.array) -> mx.array:
     """Returns a random value for one parameter.

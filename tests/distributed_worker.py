@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import xkv
 from tests.architectures import CONFIGS, build
-from xkv.backends.mlx_metal.model.enable import lowrank_cache
+from xkv.backends.mlx_metal.model.enabled import lowrank_cache
 
 PROMPT = np.random.default_rng(0).integers(1, 250, 61).tolist()
 

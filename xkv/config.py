@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -189,12 +190,12 @@ class XKVConfig:
         if self.compression is None:
             return MAX_WINDOW
         affordable = int(n_tokens / self.compression / 4)
-        fitting = [
-            window
-            for window in range(MIN_WINDOW, MAX_WINDOW + 1)
-            if buffer_rows(self.sinks + window + ANSWER_ROWS) <= affordable
-        ]
-        return fitting[-1] if fitting else MIN_WINDOW
+        n_fitting = bisect.bisect_right(
+            range(MIN_WINDOW, MAX_WINDOW + 1),
+            affordable,
+            key=lambda window: buffer_rows(self.sinks + window + ANSWER_ROWS),
+        )
+        return MIN_WINDOW + max(n_fitting - 1, 0)
 
     def layout(self, n_tokens: int) -> Layout:
         """Which of a prompt's rows are compressed, and whether decode selects among them."""

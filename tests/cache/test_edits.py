@@ -80,7 +80,8 @@ def test_a_batch_meets_the_ratio_of_one(backend, compression, options):
         dense = batch * 1501 * 2 * 2 * 2 * 64 * 4
         assert talk.cache.dense_bytes() == dense
         assert dense / talk.cache.held_bytes() == pytest.approx(compression, rel=0.02)
-        assert talk.error() < 0.05
+        # one sequence's budget for three would lose a hundred times as much
+        assert talk.error() < 1e-5
 
 
 def test_a_batch_is_compressed_from_the_length_on_at_which_one_prompt_is(backend):

@@ -15,10 +15,11 @@ from xkv.checks.invariants import broken_invariants
 
 SELECTIVE = {"attention": "selective", "budget": 16, "chunk_size": 8}
 FORMS = {
-    "ranks": {"rank_k": 12, "rank_v": 12},
-    "bits": {"compression": 2.0},
-    "selective": {"compression": 2.0, **SELECTIVE},
+    "ranks": ({"rank_k": 12, "rank_v": 12}, 0.6),
+    "bits": ({"compression": 2.0}, 0.05),
+    "selective": ({"compression": 2.0, **SELECTIVE}, 0.05),
 }
+"""Options, and the error that is left of a topic for which the bases have little room."""
 
 
 @pytest.fixture(scope="module", params=["mlx", "torch"])
@@ -29,7 +30,8 @@ def backend(request):
 @pytest.mark.parametrize("form", FORMS)
 def test_an_end_at_any_operation_changes_nothing(backend, form):
     """Of a first compression, and of a fold with growth and a merge after it."""
-    talk = Conversation(backend, head_dim=64, **{"budget": 32, **FORMS[form]})
+    options, allowed = FORMS[form]
+    talk = Conversation(backend, head_dim=64, **{"budget": 32, **options})
     for n_tokens, topic in ((300, 0), (150, 1)):
         talk.say(n_tokens, topic)
         before = talk.cache.groups[0].state
@@ -46,7 +48,7 @@ def test_an_end_at_any_operation_changes_nothing(backend, form):
         assert at > 5 and talk.cache.groups[0].state is not before
         assert broken_invariants(talk.cache) == []
         assert talk.cache.layers[0].is_compressed
-    assert talk.cache.layers[0].rows.n_recent == 0 and talk.error() < 0.6
+    assert talk.cache.layers[0].rows.n_recent == 0 and talk.error() < allowed
 
 
 @pytest.mark.parametrize("n_before", [0, 300])

@@ -22,7 +22,7 @@ from mlx_lm.models import cache as mlx_cache
 
 import xkv
 from tests.architectures import build
-from xkv.backends.mlx_metal.model.enable import lowrank_cache
+from xkv.backends.mlx_metal.model.enabled import lowrank_cache
 from xkv.backends.mlx_metal.model.prefill import flatten
 from xkv.checks.invariants import broken_invariants
 

@@ -13,7 +13,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from scripts.support_table import TABLE, make_table, rows_of
 from tests.architectures import CONFIGS, MODEL_FILES, NOT_BUILT, build
 from xkv import InputError, XKVConfig
-from xkv.backends.mlx_metal.model.enable import disable, enable, lowrank_cache
+from xkv.backends.mlx_metal.model.enable import disable, enable
+from xkv.backends.mlx_metal.model.enabled import lowrank_cache
 
 FULL_RANK = XKVConfig(rank_k="full", rank_v="full", group_size=2, sinks=2, window=8, max_tail=8)
 PROMPT = np.random.default_rng(0).integers(1, 250, 61).tolist()

@@ -17,7 +17,7 @@ import xkv
 from tests.mlx_metal.enabled_model import EXACT, LOSSY, PROMPT, greedy, new_cache
 from tests.tiny_models import write_checkpoint
 from xkv.backends.mlx_metal import XKVCache
-from xkv.backends.mlx_metal.model.enable import lowrank_cache
+from xkv.backends.mlx_metal.model.enabled import lowrank_cache
 from xkv.cache import state as cache_state
 
 

@@ -14,7 +14,7 @@ from tests.mlx_metal.enabled_model import LOSSY, PROMPT, greedy, new_cache
 from tests.tiny_models import ARCHITECTURES, write_checkpoint
 from xkv import InputError, XKVConfig
 from xkv.backends.mlx_metal import MLXBackend, enable
-from xkv.backends.mlx_metal.model.enable import lowrank_cache
+from xkv.backends.mlx_metal.model.enabled import lowrank_cache
 
 
 @pytest.mark.parametrize("functions", [mlx_cache, xkv], ids=["mlx-lm", "xkv"])

@@ -23,7 +23,7 @@ Snapshot = tuple[tuple[GroupState, ...], dict[str, Any]]
 """What :meth:`LowRankCache.restore` goes back to."""
 
 
-_KEPT = ("notice", "ranks", "unspent", "is_streaming", "factorize_seconds", "_shape", "_n_factored")
+_KEPT = ("notice", "ranks", "unspent", "is_streaming", "known_shape", "_n_factored")
 """What a cache notes beside its groups' states."""
 
 
@@ -65,9 +65,7 @@ class LowRankCache:
         """Names the model that made the rows, where it is known."""
         self.on_progress = on_progress
         self.is_streaming = False
-        """Whether a prompt is compressed while it streams in, so that parts of it are approximate
-        for the rest; otherwise only when it is complete.
-        """
+        """Whether a prompt is compressed while it streams in: later parts see approximate rows."""
         self.notice: str | None = None
         """What was not done as asked, in a sentence."""
         self.ranks: Plan | None = None
@@ -75,7 +73,8 @@ class LowRankCache:
         self.unspent = 0
         """Bytes that the groups so far left of theirs, for the next one."""
         self.factorize_seconds = 0.0
-        self._shape = shape
+        self.known_shape = shape
+        """None until the first rows have come."""
         self._n_factored = 0
         self._first = min(map(min, self.indices))
         """The layer that a model calls first."""
@@ -92,9 +91,9 @@ class LowRankCache:
     @property
     def shape(self) -> CacheShape:
         """What the byte formula needs to know."""
-        if self._shape is None:
+        if self.known_shape is None:
             raise InputError("the cache is empty: run the prompt through the model first")
-        return self._shape
+        return self.known_shape
 
     def snapshot(self) -> Snapshot:
         """The state as it is now; it costs no memory but for what is replaced from then on."""
@@ -135,7 +134,7 @@ class LowRankCache:
 
     def _observe(self, keys: Array, values: Array) -> None:
         """Take the shape of a model whose layers are all alike from the first rows."""
-        shape = self._shape or CacheShape.uniform(
+        shape = self.known_shape or CacheShape.uniform(
             [len(group.layers) for group in self.groups],
             keys.shape[1],
             keys.shape[-1],
@@ -144,7 +143,8 @@ class LowRankCache:
             self.n_dense_layers,
         )
         check_ranks(shape, self.config)
-        self._shape = shape
+        self.known_shape = shape
+        """None until the first rows have come."""
 
     def settle(self) -> None:
         """Between calls of the model, factor what has grown too long to stay dense."""

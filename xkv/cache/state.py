@@ -74,7 +74,7 @@ def write_layer(layer: LayerCache, rope: Rope | None) -> list[Array]:
         "cache": cache.uid,
         "groups": [list(indices) for indices in cache.indices],
         "config": asdict(cache.config),
-        "shape": asdict(cache._shape) if cache._shape is not None else None,
+        "shape": asdict(cache.known_shape) if cache.known_shape is not None else None,
         "n_dense_layers": cache.n_dense_layers,
         "fingerprint": cache.fingerprint,
         "is_streaming": cache.is_streaming,

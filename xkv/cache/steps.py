@@ -195,4 +195,6 @@ def released(backend: Backend, state: GroupState) -> GroupState:
             return factors
         return factors._replace(latent=factors.latent.rows(0, n_rows).own(backend))
 
-    return state._replace(keys=short(state.keys), values=short(state.values))
+    keys, values = short(state.keys), short(state.values)
+    is_same = keys is state.keys and values is state.values
+    return state if is_same else state._replace(keys=keys, values=values)

@@ -143,5 +143,6 @@ def attend_parts(
     else:
         summed = on_latent @ latent_v
     output = summed @ xp.permute_dims(unpacked(backend, basis_v), (0, 2, 1, 3))
-    output = (output + weights[..., n_latent:] @ values) / raised
+    output = output + weights[..., n_latent:] @ values
+    output = output if raised == 1 else output / raised
     return xp.reshape(output, (*queries.shape[:3], values.shape[-1]))

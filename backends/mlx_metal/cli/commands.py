@@ -16,13 +16,8 @@ import mlx.core as mx
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.cli.engine import load_errors
 from xkv.backends.mlx_metal.model import seam
-from xkv.backends.mlx_metal.model.enable import (
-    disable,
-    enable,
-    enabled_state,
-    identity_of,
-    lowrank_cache,
-)
+from xkv.backends.mlx_metal.model.enable import disable, enable, identity_of
+from xkv.backends.mlx_metal.model.enabled import enabled_state, lowrank_cache
 from xkv.backends.mlx_metal.model.files import load_prompt_cache, save_prompt_cache
 from xkv.cli.flags import add_compression_flags, check_flags, has_compression_flags
 from xkv.config import XKVConfig

@@ -15,13 +15,8 @@ from mlx_lm.models import cache as mlx_cache
 from mlx_lm.sample_utils import make_sampler
 
 from xkv.backends.mlx_metal.backend import MLXBackend
-from xkv.backends.mlx_metal.model.enable import (
-    disable,
-    enable,
-    enabled_state,
-    identity_of,
-    lowrank_cache,
-)
+from xkv.backends.mlx_metal.model.enable import disable, enable, identity_of
+from xkv.backends.mlx_metal.model.enabled import enabled_state, lowrank_cache
 from xkv.backends.mlx_metal.model.memory import dense_bytes
 from xkv.backends.mlx_metal.model.prefill import flatten
 from xkv.cache.describe import describe

@@ -200,7 +200,8 @@ class LowrankAttention:
             latent = on_latent @ segment.latent_v
         output = latent.reshape(grouped) @ segment.basis_v.transpose(0, 2, 1, 3)
         output = output + weights[..., n_rows:].reshape(grouped) @ values
-        return (output / raised).reshape(batch, n_heads, 1, values.shape[-1])
+        output = output if raised == 1 else output / raised
+        return output.reshape(batch, n_heads, 1, values.shape[-1])
 
 
 def key_scores(queries: Array, segment: Segment, keys: Array, scale: float) -> Array:

@@ -12,8 +12,6 @@ from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.model.enabled import (
     Enabled,
     enabled_state,
-    lowrank_cache,
-    native_caches,
     plan_cache,
     planned_caches,
 )
@@ -23,19 +21,6 @@ from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.planning.profile import ModelIdentity
 from xkv.planning.report import Report
-
-__all__ = [
-    "Enabled",
-    "disable",
-    "enable",
-    "enabled_state",
-    "identity_of",
-    "lowrank_cache",
-    "make_prompt_cache",
-    "model_name",
-    "native_caches",
-    "plan_cache",
-]
 
 _log = logging.getLogger("xkv")
 

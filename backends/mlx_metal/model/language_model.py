@@ -11,7 +11,8 @@ import mlx.core as mx
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.cli.engine import load_engine
 from xkv.backends.mlx_metal.model.cache import XKVCache
-from xkv.backends.mlx_metal.model.enable import model_name, plan_cache
+from xkv.backends.mlx_metal.model.enabled import plan_cache
+from xkv.backends.mlx_metal.model.identity import model_name
 from xkv.backends.mlx_metal.model.projection import output_energies
 from xkv.backends.mlx_metal.model.seam import attention_seam
 from xkv.config import XKVConfig

@@ -18,7 +18,7 @@ from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models import bitlinear_layers
 from mlx_lm.models import cache as mlx_cache
 
-from xkv.backends.mlx_metal.model.enable import plan_cache
+from xkv.backends.mlx_metal.model.enabled import plan_cache
 from xkv.backends.mlx_metal.model.prefill import flatten
 from xkv.config import XKVConfig
 from xkv.errors import InputError

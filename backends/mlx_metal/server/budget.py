@@ -19,7 +19,7 @@ from mlx_lm.models.cache import (
 )
 
 from xkv.backends.mlx_metal.model.cache import XKVCache
-from xkv.backends.mlx_metal.model.enable import Enabled
+from xkv.backends.mlx_metal.model.enabled import Enabled
 from xkv.backends.mlx_metal.model.memory import cache_text, dense_bytes
 from xkv.backends.mlx_metal.model.prefill import flatten
 from xkv.config import buffer_rows

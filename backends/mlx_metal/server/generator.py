@@ -21,7 +21,8 @@ from mlx.utils import tree_flatten
 from mlx_lm import server as mlx_server
 
 from xkv.backends.mlx_metal.cli.commands import Command, run
-from xkv.backends.mlx_metal.model.enable import disable, enabled_state, native_caches
+from xkv.backends.mlx_metal.model.enable import disable
+from xkv.backends.mlx_metal.model.enabled import enabled_state, native_caches
 from xkv.backends.mlx_metal.server.answers import Answers
 from xkv.backends.mlx_metal.server.budget import PromptCache, RequestBytes
 from xkv.backends.mlx_metal.server.errors import RequestError, error_text
@@ -152,9 +153,6 @@ class Generator(mlx_server.ResponseGenerator):
         answers, *_ = request
         answers.is_alone = True
         super()._serve_single(request, *args)
-        if answers.has_failed and answers.context is not None:
-            # the layers of its cache, which is of no use, hold each other
-            gc.collect()
         self.prompt_cache.reserved = RequestBytes()
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
