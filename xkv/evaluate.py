@@ -17,15 +17,17 @@ from xkv.cli.flags import add_grouping_flag
 from xkv.cli.terminal import user_errors
 from xkv.config import XKVConfig
 from xkv.errors import InputError
-from xkv.evaluation.figure import plot
-from xkv.evaluation.run import Evaluation, make_settings
+from xkv.evaluation import kl
+from xkv.evaluation.kl import KL, Divergence, read_texts
+from xkv.evaluation.prefills import Prefills, checkpoint_code, dtype_name
+from xkv.evaluation.report import report_divergence, report_scores
+from xkv.evaluation.run import Evaluation, Setting, make_settings
 from xkv.evaluation.store import Store
-from xkv.evaluation.summary import collect, csv_text, markdown
 from xkv.evaluation.tasks import TASKS, MakeSample
 from xkv.evaluation.tasks.perplexity import PERPLEXITY, FileText
 from xkv.evaluation.tasks.qa import TextQuestions
 from xkv.planning.calibration import choose_profile
-from xkv.planning.language_model import load_language_model
+from xkv.planning.language_model import LanguageModel, load_language_model
 from xkv.tiny import CHECKPOINT_DIR
 
 METHODS = (
@@ -50,6 +52,11 @@ QUICK = {
     "ratios": [2.0, 4.0],
     "samples": 12,
 }
+RATIOS = (2.0, 4.0, 8.0, 16.0)
+CONTINUATION_TOKENS = 256
+TEXT_TASKS = {PERPLEXITY, "qa"}
+"""Tasks over one text of the user's own."""
+
 FIRST_SEED = 1_000_000
 """Training draws negative seeds."""
 
@@ -70,33 +77,51 @@ def setup_arg_parser() -> argparse.ArgumentParser:
 
     add("--model", "model directory or Hugging Face repository; the bundled model if left out")
     add("--backend", "framework", "mlx", choices=["mlx", "torch"])
-    add("--tasks", f"any of {', '.join(TASKS)}", list(TASKS), nargs="+", metavar="TASK")
+    names = ", ".join(TASKS)
+    add("--tasks", f"any of {names}; or {KL}", list(TASKS), nargs="+", metavar="TASK")
     add("--lengths", "tokens of the documents", [1024, 2048, 4096, 8192], nargs="+", type=int)
     add(
         "--methods",
-        "methods beside the full cache, with options as in xkv:group_size=2,attention=selective",
-        METHODS,
+        "methods beside the full cache, with options as in xkv:group_size=2,attention=selective "
+        f"(default: {' '.join(METHODS)}; for {KL}: {' '.join(kl.METHODS)})",
         nargs="+",
         metavar="METHOD",
     )
     add(
         "--ratios",
-        "dense bytes to bytes held, for methods whose size is free",
-        [2.0, 4.0, 8.0, 16.0],
+        "dense bytes to bytes held, for methods whose size is free "
+        f"(default: {_shown(RATIOS)}; for {KL}: {_shown(kl.RATIOS)})",
         nargs="+",
         type=float,
+        metavar="RATIO",
     )
     add("--samples", "questions of each task at each length", 32, type=int)
     add("--seed", "seed of the first document", FIRST_SEED, type=int)
     add_grouping_flag(parser)
-    add("--text", "text file for the tasks qa and ppl instead of the built-in texts")
+    add(
+        "--text",
+        f"text file for the tasks qa and ppl instead of the built-in texts; one or more for {KL}",
+        nargs="+",
+        metavar="FILE",
+    )
     add("--questions", "file of questions over --text: JSON lines with question and answers")
+    add(
+        "--continuation",
+        f"tokens after which {KL} compares next-token distributions",
+        CONTINUATION_TOKENS,
+        type=int,
+    )
+    add("--prefills", f"folder where {KL} keeps prefilled texts (default: in the folder --out)")
     add("--out", "folder of the results", "xkv-evaluation")
     parser.add_argument(
         "--quick", action="store_true", help="a few questions at one length, in minutes"
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="for the tokenizer")
     return parser
+
+
+def _shown(numbers: Sequence[float]) -> str:
+    return " ".join(f"{number:g}" for number in numbers)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -117,9 +142,10 @@ def evaluate(args: argparse.Namespace) -> None:
     Raises:
         InputError: If they cannot be met.
     """
-    tasks = choose_tasks(args)
     check_numbers(args)
-    make_settings(args.methods, args.ratios)  # a misspelt method is told before a model is loaded
+    tasks = choose_tasks(args)
+    # a misspelt method is told before a model is loaded
+    make_settings(args.methods or [], args.ratios or [])
     model_name, trust = args.model or str(CHECKPOINT_DIR), args.trust_remote_code
     profile = choose_profile(args.grouping, None, model_name, args.backend, trust_remote_code=trust)
     model = load_language_model(args.backend, model_name, trust_remote_code=trust)
@@ -127,75 +153,93 @@ def evaluate(args: argparse.Namespace) -> None:
     if profile is not None:
         config = profile.apply(XKVConfig(), model.identity)
         grouping = {name: getattr(config, name) for name in ("groups", "group_shares")}
-    settings = make_settings(args.methods, args.ratios, grouping)
+
+    def settings(methods: Sequence[str], ratios: Sequence[float]) -> list[Setting]:
+        return make_settings(args.methods or methods, args.ratios or ratios, grouping)
+
+    parts: list[Evaluation | Divergence] = []
+    if tasks:
+        chosen = settings(METHODS, RATIOS)
+        parts.append(Evaluation(model, tasks, args.lengths, chosen, args.samples, args.seed))
+    if KL in args.tasks:
+        parts.append(_divergence(args, model, settings(kl.METHODS, kl.RATIOS)))
     run = {
         "model": args.model or "bundled",
         "backend": args.backend,
-        "kv_dtype": str(model.kv_dtype).rsplit(".", 1)[-1],
-        "text": args.text,
+        "kv_dtype": dtype_name(model.kv_dtype),
+        "text": args.text[0] if args.text and TEXT_TASKS & set(tasks) else None,
         "questions": args.questions,
         "xkv": version("xkv"),
         **json.loads(json.dumps(grouping)),  # lists, as in the file
         **model.versions,
     }
-    evaluation = Evaluation(model, tasks, args.lengths, settings, args.samples, args.seed)
     began = time.perf_counter()
-    with Store(args.out, run) as store:
-        with tqdm(total=evaluation.n_answers, unit="answer", file=sys.stderr) as bar:
-
-            def progress(n_answers: int, what: str) -> None:
-                bar.set_description(what, refresh=False)
-                bar.update(n_answers)
-
-            try:
-                evaluation.run(store, progress)
-            except KeyboardInterrupt:
-                bar.close()
-                print(
-                    f"\ninterrupted; what is done is in {args.out}, and the same command goes on",
-                    file=sys.stderr,
-                )
-        cells = collect(store.results())
-    if not cells:
-        return
-    text = markdown(cells)
     folder = Path(args.out)
-    try:
-        (folder / "summary.md").write_text(text, encoding="utf-8")
-        (folder / "summary.csv").write_text(csv_text(cells), encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"cannot write to {args.out}: {error.strerror}") from error
-    print(text)
-    written = "results.jsonl, summary.md, summary.csv"
-    try:
-        plot(cells, folder / "summary.png")
-        written += ", summary.png"
-    except InputError as error:
-        print(error, file=sys.stderr)
-    seconds = time.perf_counter() - began
-    print(f"{args.out}: {written}; {seconds:.0f} s", file=sys.stderr)
+    with Store(args.out, run) as store:
+        _run(parts, store, args.out)
+        written = report_scores(store, folder) if tasks else []
+        if KL in args.tasks:
+            written += report_divergence(store, folder, args.continuation, model)
+    if written:
+        seconds = time.perf_counter() - began
+        print(f"{args.out}: results.jsonl, {', '.join(written)}; {seconds:.0f} s", file=sys.stderr)
+
+
+def _divergence(
+    args: argparse.Namespace, model: LanguageModel, settings: Sequence[Setting]
+) -> Divergence:
+    texts = read_texts(args.text, model, max(args.lengths) + args.continuation)
+    folder = Path(args.prefills or Path(args.out, "prefills"))
+    prefills = Prefills(folder, model, checkpoint_code(args.model or str(CHECKPOINT_DIR)))
+    return Divergence(model, texts, args.lengths, settings, args.continuation, prefills)
+
+
+def _run(parts: Sequence[Evaluation | Divergence], store: Store, out: str) -> None:
+    """All that is not done yet, under one bar."""
+    with tqdm(total=sum(x.n_answers for x in parts), unit="answer", file=sys.stderr) as bar:
+
+        def progress(n_answers: int, what: str) -> None:
+            bar.set_description(what, refresh=not n_answers)
+            bar.update(n_answers)
+
+        try:
+            for part in parts:
+                part.run(store, progress)
+        except KeyboardInterrupt:
+            bar.close()
+            print(
+                f"\ninterrupted; what is done is in {out}, and the same command goes on",
+                file=sys.stderr,
+            )
 
 
 def choose_tasks(args: argparse.Namespace) -> dict[str, MakeSample]:
-    """The tasks asked for, over the user's text where one is given.
+    """The tasks asked for but ``kl``, over the user's text where one is given.
 
     Raises:
         InputError: If a task is unknown or a file is missing.
     """
-    unknown = [name for name in args.tasks if name not in TASKS]
+    unknown = [name for name in args.tasks if name not in (*TASKS, KL)]
     if unknown:
-        raise InputError(f"there is no task {unknown[0]!r}; tasks: {', '.join(TASKS)}")
-    tasks = {name: TASKS[name] for name in dict.fromkeys(args.tasks)}
+        raise InputError(f"there is no task {unknown[0]!r}; tasks: {', '.join((*TASKS, KL))}")
+    if KL in args.tasks and not args.text:
+        raise InputError("the task kl continues texts of your own: give --text FILE")
+    tasks = {name: TASKS[name] for name in dict.fromkeys(args.tasks) if name != KL}
+    for name in TEXT_TASKS & set(tasks):
+        if args.text and len(args.text) > 1:
+            raise InputError(
+                f"--text names {len(args.text)} files, and {name} takes one: ask for kl apart"
+            )
     if args.questions and not args.text:
         raise InputError("--questions needs the text that they are about: give --text")
     if args.text and PERPLEXITY in tasks:
-        tasks[PERPLEXITY] = FileText(args.text).make
+        tasks[PERPLEXITY] = FileText(args.text[0]).make
     if args.text and "qa" in tasks:
         if not args.questions:
             raise InputError(
                 "the task qa over --text needs --questions; or leave it out of --tasks"
             )
-        tasks["qa"] = TextQuestions(args.text, args.questions).make
+        tasks["qa"] = TextQuestions(args.text[0], args.questions).make
     return tasks
 
 
@@ -207,10 +251,12 @@ def check_numbers(args: argparse.Namespace) -> None:
     """
     if args.samples < 1:
         raise InputError(f"--samples {args.samples} must be at least 1")
+    if args.continuation < 2:
+        raise InputError(f"--continuation {args.continuation} must be at least 2")
     for length in args.lengths:
         if length < 1:
             raise InputError(f"--lengths {length} must be at least 1")
-    for ratio in args.ratios:
+    for ratio in args.ratios or []:
         if not ratio > 1:
             raise InputError(f"--ratios {ratio:g} must be above 1")
 

@@ -1,4 +1,4 @@
-"""A plot of results: accuracy beside the bytes that were held for it."""
+"""Plots of results: accuracy, or divergence, beside the bytes that were held for it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from xkv.checks.plots import new_figure
+from xkv.evaluation import kl_summary
 from xkv.evaluation.summary import Cell, rows_of
 
 
@@ -17,8 +18,7 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
         InputError: If matplotlib is missing.
     """
     lengths = sorted({cell.length for cell in cells if cell.scores})
-    figure = new_figure(5 * len(lengths) + 2, 4.5)
-    panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
+    figure, panels = _panels(lengths)
     labels = list(dict.fromkeys(cell.method for cell in cells))
     for panel, length in zip(panels, lengths, strict=True):
         rows = [row for row in rows_of(cells, length) if row.done]
@@ -28,7 +28,6 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
             )
             if points:
                 x, y, half = zip(*points, strict=True)
-                style = {"marker": "osv^D<>Xp*"[number // 10 % 10], "markersize": 4}
                 panel.errorbar(
                     x,
                     [100 * value for value in y],
@@ -37,17 +36,64 @@ def plot(cells: Sequence[Cell], path: Path) -> None:
                         [100 * min(h, 1 - value) for value, h in zip(y, half, strict=True)],
                     ],
                     label=rows[[row.label for row in rows].index(label)].name.split(" at ")[0],
-                    color=f"C{number % 10}",
                     capsize=2,
-                    linestyle="--" if number >= 10 else "-",
-                    **style,
+                    **_style(number),
                 )
+    panels[0].set_ylabel("mean score, %")
+    _save(figure, panels, path)
+
+
+def plot_divergence(rows: Sequence[kl_summary.Row], path: Path) -> None:
+    """Divergence on a logarithmic axis against ratio, one panel a length, one line a method.
+
+    The control is a level below which no method can be told from the full cache.
+
+    Raises:
+        InputError: If matplotlib is missing.
+    """
+    lengths = sorted({row.length for row in rows if row.problem is None})
+    figure, panels = _panels(lengths)
+    families = list(dict.fromkeys(row.family for row in rows if row.method != "full"))
+    for panel, length in zip(panels, lengths, strict=True):
+        here = kl_summary.over_texts(rows, length)
+        for row in here:
+            if row.method == "full" and row.kl > 0:
+                panel.axhline(row.kl, color="black", linestyle=":", label=row.name)
+        for number, family in enumerate(families):
+            # an exact method has no place on a logarithmic axis
+            points = sorted((r.held_ratio, r.kl) for r in here if r.family == family and r.kl > 0)
+            if points:
+                panel.plot(*zip(*points, strict=True), label=family, **_style(number))
+        panel.set_yscale("log")
+    panels[0].set_ylabel("mean KL(full || method), nats a token")
+    _save(figure, panels, path)
+
+
+def _panels(lengths: Sequence[int]) -> tuple[Any, Sequence[Any]]:
+    """A figure with one panel a length, for numbers against ratio."""
+    figure = new_figure(5 * len(lengths) + 2, 4.5)
+    panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
+    for panel, length in zip(panels, lengths, strict=True):
         panel.set_xscale("log", base=2)
         panel.set_title(f"{length:,} tokens")
         panel.set_xlabel("dense bytes / bytes held")
         panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("mean score, %")
+    return figure, panels
+
+
+def _style(number: int) -> dict[str, Any]:
+    """Of the line with this number."""
+    return {
+        "color": f"C{number % 10}",
+        "linestyle": "--" if number >= 10 else "-",
+        "marker": "osv^D<>Xp*"[number // 10 % 10],
+        "markersize": 4,
+    }
+
+
+def _save(figure: Any, panels: Sequence[Any], path: Path) -> None:
+    """Write a figure with one legend for all panels."""
     handles: dict[str, Any] = {}
     for panel in panels:
         found, names = panel.get_legend_handles_labels()

@@ -184,7 +184,7 @@ def _accuracy_table(rows: Sequence[Row]) -> str:
         lines.append(line)
     n = sorted({len(c.scores) for row in rows for c in row.cells.values() if c.scores})
     questions = f"{n[0]}" if len(n) == 1 else f"{n[0]} to {n[-1]}"
-    text = _table(lines)
+    text = table(lines)
     text += (
         f"\n{questions} questions a cell; held: dense bytes to all bytes held, measured; "
         "±: half of the 95 % interval.\n"
@@ -211,7 +211,7 @@ def _rounds_table(rows: Sequence[Row]) -> str:
         shares = [f"{sum(scores) / len(scores):.1%}" for scores in cell.by_round]
         lines.append([row.name, f"{cell.held_ratio:.2f} x", *shares])
     n = len(rows[0].cells["multiturn"].by_round[0])
-    return f"{_table(lines)}\n{n} conversations.\n"
+    return f"{table(lines)}\n{n} conversations.\n"
 
 
 def _perplexity_table(rows: Sequence[Row]) -> str:
@@ -221,7 +221,7 @@ def _perplexity_table(rows: Sequence[Row]) -> str:
         if cell is not None and cell.nll:
             values = [f"{cell.perplexity:.3f}", f"{cell.divergence:.5f}"]
             lines.append([row.name, f"{cell.held_ratio:.2f} x", *values])
-    return _table(lines) + "\nDivergence in nats a token.\n" if len(lines) > 1 else ""
+    return table(lines) + "\nDivergence in nats a token.\n" if len(lines) > 1 else ""
 
 
 def _percent(cell: Cell | None) -> str:
@@ -231,7 +231,8 @@ def _percent(cell: Cell | None) -> str:
     return f"{100 * cell.score:.1f} ±{50 * (high - low):.1f}"
 
 
-def _table(lines: Sequence[Sequence[str]]) -> str:
+def table(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells as Markdown, the first one the head."""
     head, *rest = [f"| {' | '.join(line)} |" for line in lines]
     rule = f"| --- |{' ---: |' * (len(lines[0]) - 1)}"
     return "\n".join([head, rule, *rest]) + "\n"
