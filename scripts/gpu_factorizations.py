@@ -58,7 +58,7 @@ def compare_factorizations(
             errors[name] = float((latent @ basis - joint).norm() / joint.norm())
     found = []
     for name in methods:
-        low, median, high = statistics.quantiles(times[name], n=4)
+        low, median, high = statistics.quantiles(times[name], n=4, method="inclusive")
         found.append(
             {
                 "method": name,

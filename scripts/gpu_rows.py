@@ -41,25 +41,43 @@ class Row:
 
 
 def markdown(rows: list[dict[str, str]]) -> str:
-    """A table with the columns of its first row."""
+    """A table with the columns of its first row; nothing for no rows."""
+    if not rows:
+        return ""
     lines = ["| " + " | ".join(rows[0]) + " |", "| " + " | ".join("---" for _ in rows[0]) + " |"]
     return "\n".join([*lines, *("| " + " | ".join(row.values()) + " |" for row in rows)])
 
 
 def summary(rows: list[Row]) -> list[str]:
-    """Each form beside full attention, both at their best batch."""
+    """Each form beside full attention: at equal batches, and at the best batch of each."""
     lines = []
     for n_tokens in dict.fromkeys(row.tokens for row in rows):
-        best: dict[str, float] = {}
-        largest: dict[str, int] = {}
-        for row in rows:
-            if row.tokens == n_tokens:
-                best[row.form] = max(best.get(row.form, 0.0), row.tokens_per_s)
-                largest[row.form] = max(largest.get(row.form, 0), row.batch)
-        for form in list(best)[1:]:
-            lines.append(
-                f"{n_tokens:,} tokens: {form} decodes {best[form] / best['full']:.2f} x as many "
-                f"tokens/s as full attention, each at its best batch; largest batch "
-                f"{largest[form]} against {largest['full']}"
-            )
+        of_length = [row for row in rows if row.tokens == n_tokens]
+        full = {row.batch: row for row in of_length if row.form == "full"}
+        for row in of_length:
+            if row.form != "full" and row.batch in full:
+                ratio = full[row.batch].step_ms / row.step_ms
+                held = full[row.batch].held_bytes / row.held_bytes
+                lines.append(
+                    f"{n_tokens:,} tokens, batch {row.batch}: a step of {row.form} runs at "
+                    f"{ratio:.2f} x full attention's speed and holds 1/{held:.1f} of its bytes"
+                )
+        if full and any(row.is_largest for row in of_length):
+            lines += _best_batches(of_length)
     return lines
+
+
+def _best_batches(rows: list[Row]) -> list[str]:
+    """Each form of one length beside full attention, both at their best batch."""
+    best: dict[str, float] = {}
+    largest: dict[str, int] = {}
+    for row in rows:
+        best[row.form] = max(best.get(row.form, 0.0), row.tokens_per_s)
+        largest[row.form] = max(largest.get(row.form, 0), row.batch)
+    return [
+        f"{rows[0].tokens:,} tokens: {form} decodes {best[form] / best['full']:.2f} x as many "
+        f"tokens/s as full attention, each at its best batch; largest batch "
+        f"{largest[form]} against {largest['full']}"
+        for form in best
+        if form != "full"
+    ]

@@ -143,7 +143,7 @@ def exact_factor(backend: Backend, reference: Backend, factor: Any) -> Any:
 
     def exact(x: Any) -> Any:
         if "int32" in str(x.dtype):
-            return reference.from_numpy(np.array(x).view(np.int32))
+            return reference.from_numpy(backend.to_numpy(x).view(np.int32))
         return reference.from_numpy(backend.to_numpy(x).astype(np.float64))
 
     return factor.map(exact).unpack(reference)
