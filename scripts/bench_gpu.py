@@ -50,9 +50,11 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--replay",
-        action="store_true",
-        help="low-rank forms decode in steps of constant shapes too, on CUDA replays of one graph; "
-        "full attention does not",
+        nargs="?",
+        const="also",
+        choices=["also", "only"],
+        help="decode in steps of constant shapes too, or only, on CUDA replays of one graph; full "
+        "attention then over a cache that does not grow",
     )
     parser.add_argument(
         "--max-batch",

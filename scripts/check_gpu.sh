@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# All that needs a GPU, in about seven minutes: kernels against their twins, parity, timings.
+# All that needs a GPU, in about ten minutes: kernels against their twins, parity, timings.
 #
 #     bash scripts/check_gpu.sh                                # writes into scripts/results/gpu
 #     bash scripts/check_gpu.sh FOLDER
+#     bash scripts/check_gpu.sh FOLDER parity bench            # only these parts
 #     CHECK_GPU_ON_CPU=1 bash scripts/check_gpu.sh FOLDER      # every part, tiny, without a GPU
 #
 # PYTHON names the interpreter (python3). A part that fails or runs past its time stops no other.
@@ -12,8 +13,10 @@ set -uo pipefail
 python=${PYTHON:-python3}
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 out=$(realpath -m -- "${1:-$root/scripts/results/gpu}")
+parts=" ${*:2} "
 cd "$root" || exit 2
 export HF_HUB_OFFLINE=1  # nothing is fetched
+export OMP_NUM_THREADS=1  # on the CPU is only what is small: threads wait longer than they work
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 if ! device=$("$python" -c '
@@ -26,18 +29,20 @@ fi
 device=$(tail -n 1 <<<"$device")
 
 machine=(scripts/gpu_machine.py)
-kernels=(-m pytest tests/torch_cuda/triton_kernels -p no:cacheprovider --tb=short -rfs)
+kernels=(-m pytest tests/torch_cuda/triton_kernels -p no:cacheprovider -p no:benchmark)
+kernels+=(--tb=short -rfs)
 doctor=(-m xkv.doctor --backend torch --lengths)
 parity=(scripts/parity_gpu.py --device "$device")
 decode=(scripts/bench_decode.py --backend torch --device "$device")
-bench=(scripts/bench_gpu.py --device "$device" --replay --batches)
+bench=(scripts/bench_gpu.py --device "$device" --replay only --batches)
 if [ "$device" = cuda ]; then
     unset TRITON_INTERPRET
     workers=$(nproc)
     kernels+=(--require-backend cuda -n "$((workers < 12 ? workers : 12))")
     doctor+=(1024)
     decode+=(--shape llama-8b --lengths 32768 131072 --batch 1 4 --runs 31)
-    bench+=(1 8 --lengths 131072 32768 --runs 2 --factorize-tokens 8192 --max-seconds 215)
+    # of 131072 tokens in full three caches fit into 80 GB
+    bench+=(1 3 8 --lengths 131072 32768 --runs 2 --factorize-tokens 8192 --max-seconds 205)
 elif [ "${CHECK_GPU_ON_CPU:-}" = 1 ]; then
     kernels+=(-k "gqa1 or (matches_reference and L64)")
     doctor+=(256)
@@ -50,12 +55,18 @@ else
     exit 2
 fi
 mkdir -p "$out" || exit 2
-rm -f "$out"/{summary,machine,kernels,parity,attention,bench}.txt "$out"/bench.{json,md}
+is_wanted() { [[ "$parts" = "  " || "$parts" = *" $1 "* ]]; }
+rm -f "$out/summary.txt"
+for name in machine kernels parity bench; do
+    is_wanted "$name" && rm -f "$out/$name".{txt,json,md}
+done
+{ is_wanted doctor || is_wanted decode; } && rm -f "$out/attention.txt"
 n_failed=0
 
 # part NAME SECONDS FILE COMMAND...: output goes into FILE.txt, one line about it into summary.txt
 part() {
     local name=$1 limit=$2 file=$out/$3.txt began=$SECONDS status verdict
+    is_wanted "$name" || return 0
     shift 3
     timeout --kill-after=10 "$limit" "$@" >>"$file" 2>&1
     status=$?
@@ -73,18 +84,22 @@ part() {
 
 part machine 30 machine "$python" "${machine[@]}"
 # compiles, beside the tests and not timed, what is timed after them
-timeout --kill-after=10 125 "$python" "${doctor[@]}" >/dev/null 2>&1 &
-warming=$!
+warming=
+if is_wanted kernels; then
+    timeout --kill-after=10 195 "$python" "${doctor[@]}" >/dev/null 2>&1 &
+    warming=$!
+fi
 # without Triton its tests would be skipped, which is no pass
-part kernels 130 kernels bash -c '"$0" -c "import triton" && "$0" "$@"' "$python" "${kernels[@]}"
-wait "$warming"
-part parity 60 parity "$python" "${parity[@]}"
+part kernels 200 kernels bash -c '"$0" -c "import triton" && "$0" "$@"' "$python" "${kernels[@]}"
+[ -n "$warming" ] && wait "$warming"
+part parity 120 parity "$python" "${parity[@]}"
 part doctor 50 attention "$python" "${doctor[@]}"
 part decode 50 attention "$python" "${decode[@]}"
 part bench 255 bench "$python" "${bench[@]}" --out "$out/bench"
 
-cat "$out/machine.txt" "$out/attention.txt"
-[ -e "$out/bench.md" ] && cat "$out/bench.md"
+for file in machine.txt attention.txt bench.md; do
+    [ -e "$out/$file" ] && cat "$out/$file"
+done
 echo
 cat "$out/summary.txt"
 exit "$((n_failed > 0))"

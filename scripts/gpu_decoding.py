@@ -7,13 +7,14 @@ import contextlib
 import gc
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import transformers
-from gpu_caches import DenseLayer, copied, tensors
-from gpu_rows import Row
+from gpu_caches import DenseLayer, Recorded, copied, tensors
+from gpu_rows import REPLAYED, Row
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.cache_utils import Cache
 
 import xkv
@@ -44,6 +45,8 @@ TINY = SHAPE | {
 PAPER = {"rank_k": 384, "rank_v": 576, "budget": 2048}
 SMALL = {"rank_k": 24, "rank_v": 36, "budget": 64, "window": 16, "max_tail": 16}
 WARM_UP = 2
+NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""For full attention of growing length: cuDNN plans each new length, some 40 ms on an H100."""
 
 
 class Bench:
@@ -70,8 +73,8 @@ class Bench:
         options = SMALL if args.tiny else PAPER
         self.forms: dict[str, dict[str, Any] | None] = {
             "full": None,
-            "dense low-rank": {**options, "attention": "dense"},
             "selective": {**options, "attention": "selective"},
+            "dense low-rank": {**options, "attention": "dense"},
         }
         self.free_bytes = torch.cuda.mem_get_info(device)[0] if is_gpu else None
 
@@ -114,8 +117,8 @@ class Bench:
             raise InputError(f"{prompt.shape[1]} tokens are too few: {cache.notice}")
         one = copied(cache, lambda x: x.cpu())
         del cache
-        for replays in [False, True] if self.args.replay and options is not None else [False]:
-            name = f"{form}, replayed" if replays else form
+        for replays in {None: [False], "also": [False, True], "only": [True]}[self.args.replay]:
+            name = form + REPLAYED if replays else form
             for batch, is_largest in self._batches(one, replays):
                 what = f"{prompt.shape[1]:,} tokens, {name}, batch {batch}"
                 if self.is_late(what):
@@ -187,22 +190,27 @@ class Bench:
         self._collect()
         device = self.backend.device
         cache = copied(one, lambda x: x.to(device).repeat(batch, *[1] * (x.ndim - 1)))
-        attention = "sdpa" if isinstance(cache.layers[0], DenseLayer) else "xkv"
-        self.model.set_attn_implementation(attention)
+        is_full = isinstance(cache.layers[0], DenseLayer)
+        self.model.set_attn_implementation("sdpa" if is_full else "xkv")
         self.backend.reset_peak_memory()
         token = torch.full((batch, 1), 7, device=device)
 
         def ordinary(token: torch.Tensor) -> torch.Tensor:
             return self.model(token, cache=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
-        decode = xkv.torch_decoder(self.model, cache) if replays else ordinary
         times = []
-        for step in range(WARM_UP + n_steps):
-            began = time.perf_counter()
-            token = decode(token).argmax(-1, keepdim=True)
-            self.backend.evaluate()
-            if step >= WARM_UP:
-                times.append(time.perf_counter() - began)
+        with sdpa_kernel(NOT_CUDNN):
+            decode: Callable[[torch.Tensor], torch.Tensor] = ordinary
+            if replays and is_full:
+                decode = Recorded(cache, ordinary, token)
+            elif replays:
+                decode = xkv.torch_decoder(self.model, cache)
+            for step in range(WARM_UP + n_steps):
+                began = time.perf_counter()
+                token = decode(token).argmax(-1, keepdim=True)
+                self.backend.evaluate()
+                if step >= WARM_UP:
+                    times.append(time.perf_counter() - began)
         return {"step": times, "held": sum(x.nbytes for x in tensors(cache))}
 
     def _collect(self) -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+FULL = "full"
+REPLAYED = ", replayed"
+"""Ends the name of a form whose steps are replays of a graph."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -22,6 +26,14 @@ class Row:
     prefill_peak_bytes: int
     peak_bytes: int
     is_largest: bool
+
+    @property
+    def is_replayed(self) -> bool:
+        return self.form.endswith(REPLAYED)
+
+    @property
+    def is_full(self) -> bool:
+        return self.form.removesuffix(REPLAYED) == FULL
 
     def cells(self) -> dict[str, str]:
         """As the table shows it."""
@@ -49,15 +61,18 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 
 def summary(rows: list[Row]) -> list[str]:
-    """Each form beside full attention: at equal batches, and at the best batch of each."""
+    """Each form beside full attention: at equal batches, and at the best batch of each.
+
+    At equal batches replays are beside replays, and ordinary steps beside ordinary ones.
+    """
     lines = []
     for n_tokens in dict.fromkeys(row.tokens for row in rows):
         of_length = [row for row in rows if row.tokens == n_tokens]
-        full = {row.batch: row for row in of_length if row.form == "full"}
+        full = {(row.batch, row.is_replayed): row for row in of_length if row.is_full}
         for row in of_length:
-            if row.form != "full" and row.batch in full:
-                ratio = full[row.batch].step_ms / row.step_ms
-                held = full[row.batch].held_bytes / row.held_bytes
+            beside = full.get((row.batch, row.is_replayed))
+            if not row.is_full and beside is not None:
+                ratio, held = beside.step_ms / row.step_ms, beside.held_bytes / row.held_bytes
                 lines.append(
                     f"{n_tokens:,} tokens, batch {row.batch}: a step of {row.form} runs at "
                     f"{ratio:.2f} x full attention's speed and holds 1/{held:.1f} of its bytes"
@@ -72,12 +87,13 @@ def _best_batches(rows: list[Row]) -> list[str]:
     best: dict[str, float] = {}
     largest: dict[str, int] = {}
     for row in rows:
-        best[row.form] = max(best.get(row.form, 0.0), row.tokens_per_s)
-        largest[row.form] = max(largest.get(row.form, 0), row.batch)
+        form = FULL if row.is_full else row.form
+        best[form] = max(best.get(form, 0.0), row.tokens_per_s)
+        largest[form] = max(largest.get(form, 0), row.batch)
     return [
-        f"{rows[0].tokens:,} tokens: {form} decodes {best[form] / best['full']:.2f} x as many "
+        f"{rows[0].tokens:,} tokens: {form} decodes {best[form] / best[FULL]:.2f} x as many "
         f"tokens/s as full attention, each at its best batch; largest batch "
-        f"{largest[form]} against {largest['full']}"
+        f"{largest[form]} against {largest[FULL]}"
         for form in best
-        if form != "full"
+        if form != FULL
     ]

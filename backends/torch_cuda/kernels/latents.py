@@ -26,10 +26,13 @@ def part_tile(
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Columns of a part's rows in the latent's dtype; zeros outside of it."""
+    """Columns of a part's rows in the latent's dtype; zeros outside of it.
+
+    At 16 bits ``scales`` is the stride of its rows.
+    """
     is_read = is_inside[:, None] & (columns < width)[None, :]
     if BITS == 16:
-        tile = tl.load(numbers + rows[:, None] * width + columns[None, :], mask=is_read, other=0.0)
+        tile = tl.load(numbers + rows[:, None] * scales + columns[None, :], mask=is_read, other=0.0)
     else:
         # MLX's affine layout: one stream of bits, the lowest first
         first_bits = columns * BITS
@@ -60,26 +63,37 @@ def latent_arguments(latent: Factor) -> tuple[Any, Any, Any]:
     """A latent as kernels take it.
 
     Returns:
-        The array and its strides of the batch and of rows. Of a packed one: three arrays a part
-        (words, scales and biases, or three times the same), rows of a batch, each part's columns.
+        The array and its strides of the batch and of rows. Of a packed one: three values a part
+        (words, scales and biases, or the numbers, the stride of their rows and the numbers again),
+        rows of a batch, each part's columns.
     """
     if not isinstance(latent, Packed):
         return latent, *latent.stride()[:2]
-    arrays = [x for part in latent.parts for x in part.arrays * (3 // len(part.arrays))]
-    return tuple(arrays), int(_batch_rows(latent)[0]), latent.widths
+    values: list[Any] = []
+    for part in latent.parts:
+        first = part.arrays[0]
+        values += (first, first.stride(1), first) if part.bits == 16 else part.arrays
+    return tuple(values), int(_batch_rows(latent)[0]), latent.widths
 
 
 def _batch_rows(latent: Packed) -> list[float]:
     """How many rows of each array lie between two of the batch."""
-    return [x.stride(0) / x.shape[-1] for x in latent.arrays]
+    return [x.stride(0) / x.stride(1) for x in latent.arrays]
 
 
 def problem(latent: Factor) -> str | None:
-    """What the kernels cannot take of a packed latent."""
+    """What the kernels cannot take of a packed latent.
+
+    Numbers of 16 bits may be columns of a wider array, as they are where they were packed.
+    """
     if not isinstance(latent, Packed):
         return None
     batch_rows = _batch_rows(latent)
-    are_side_by_side = all(x.stride()[1:] == (x.shape[-1], 1) for x in latent.arrays)
+    are_side_by_side = all(
+        x.stride(2) == 1 and (part.bits == 16 or x.stride(1) == x.shape[-1])
+        for part in latent.parts
+        for x in part.arrays
+    )
     if not are_side_by_side or len(set(batch_rows)) > 1 or not batch_rows[0].is_integer():
         return "a packed latent's rows are strided; kernels read them side by side"
     return None

@@ -54,7 +54,7 @@ def check(backend: Backend, reference: Backend, operation: str, args: tuple) -> 
     want = getattr(reference, operation)(*exact(args, reference))
     assert got.dtype == (args[0].latent_k if operation == "reconstruct_rows" else args[0]).dtype
     error = relative_error(backend.to_numpy(got), reference.to_numpy(want))
-    assert error <= TOLERANCE[dtype]
+    assert error <= TOLERANCE[dtype], f"{operation} in {dtype} is off by {error:.2e}"
 
 
 def make_scores_case(

@@ -86,6 +86,23 @@ def test_packed_latents_are_read_right(
     assert error < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_columns_of_a_wider_array_are_read_right(
+    backend: Backend, reference: Backend, operation: str
+) -> None:
+    """Numbers of 16 bits are stored where they were packed, beside the columns of other parts."""
+    layout = LAYOUTS["groups-of-64"]
+    inputs = make_packed_inputs(backend, PACKED_CASES["gqa4-batch2"], layout, "bfloat16")
+    assert not inputs.segment.latent_k.arrays[0].is_contiguous()
+    exact = exact_packed_inputs(backend, reference, inputs)
+    backend.kernels.last_path.clear()
+    got = getattr(backend, operation)(*arguments(operation, inputs))
+    assert backend.kernels.last_path[operation] == operation
+    want = getattr(reference, operation)(*arguments(operation, exact))
+    error = relative_error(backend.to_numpy(got), reference.to_numpy(want))
+    assert error < TOLERANCE["bfloat16"]
+
+
 FAULTS = [
     ("reconstruct_rows", "latents", "first_bits % 32)", "first_bits % 16)"),
     ("reconstruct_rows", "latents", "codes |= rest", "codes |= 0 * rest"),
@@ -125,10 +142,10 @@ def test_planted_fault_exceeds_tolerance(
     assert error > 10 * TOLERANCE["float32"]
 
 
-def test_first_use_check_runs_on_a_packed_sample(backend: Backend) -> None:
+@pytest.mark.parametrize("layout", ["one-part", "groups-of-64"])
+def test_first_use_check_runs_on_a_packed_sample(backend: Backend, layout: str) -> None:
     checked = xkv.load_backend("torch", device=str(backend.device), kernels="on")
-    layout = LAYOUTS["one-part"]
-    inputs = make_packed_inputs(checked, PACKED_CASES["gqa1"], layout, "bfloat16")
+    inputs = make_packed_inputs(checked, PACKED_CASES["gqa1"], LAYOUTS[layout], "bfloat16")
     for operation in OPERATIONS:
         getattr(checked, operation)(*arguments(operation, inputs))
         assert checked.kernels.last_path[operation] == operation
