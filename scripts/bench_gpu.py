@@ -104,9 +104,7 @@ def _run(args: argparse.Namespace) -> None:
         _write(args.out, about, bench, rows, factorizations)
     if not bench.is_late("factorizations"):
         rank = (SMALL if args.tiny else PAPER)["rank_k"]
-        factorizations += compare_factorizations(
-            bench.backend, bench.group_keys(), rank, args.runs, bench.dtype
-        )
+        factorizations += compare_factorizations(bench.backend, bench.group_keys(), rank, args.runs)
     _write(args.out, about, bench, rows, factorizations)
     print(f"\n{_report(bench, rows, factorizations)}")
 

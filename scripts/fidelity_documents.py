@@ -78,7 +78,6 @@ def synthetic_document(backend: Backend, family: str, n_tokens: int) -> Document
         HEAD_DIM**-0.5,
         xp.float32,
         0,
-        (None,) * N_LAYERS,
         lambda config: LowRankCache(backend, config, make_groups(config, N_LAYERS)),
     )
 

@@ -14,7 +14,7 @@ from xkv.store.svd import factorize
 
 @torch.inference_mode()
 def compare_factorizations(
-    backend: Backend, layers: list[torch.Tensor], rank: int, n_runs: int, dtype: torch.dtype
+    backend: Backend, layers: list[torch.Tensor], rank: int, n_runs: int
 ) -> list[dict[str, Any]]:
     """Ours, the full SVD and PyTorch's randomized one, each after a warm-up.
 
@@ -23,17 +23,15 @@ def compare_factorizations(
         layers: One a layer, ``[L, n_kv_heads, head_dim]`` float32.
         rank: Columns to keep.
         n_runs: Timed runs of each, at least two.
-        dtype: Of the cache that the rows are from.
 
     Returns:
         For each method its median time with the middle half, its relative error, and by what share
         that exceeds the exact truncation's.
     """
-    product_dtype = backend.product_dtype(dtype)
     joint = torch.cat([layer.flatten(1) for layer in layers], dim=1)
 
     def ours() -> tuple[torch.Tensor, torch.Tensor]:
-        latent, bases, _ = factorize(backend, layers, rank, product_dtype=product_dtype)
+        latent, bases, _ = factorize(backend, layers, rank)
         return latent, torch.cat([basis.flatten(1) for basis in bases], dim=1)
 
     def full() -> tuple[torch.Tensor, torch.Tensor]:

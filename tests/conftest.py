@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import tempfile
 
 import pytest
 import torch
@@ -31,6 +32,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if getattr(config.option, "numprocesses", None):
         # workers share the cores, and start after this; BLAS reads it when a worker starts
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # tests of it calibrate; no other finds, or makes, what a user's cache holds
+    os.environ["XKV_NO_CALIBRATION"] = "1"
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="xkv-tests-")
 
 
 def need_device(request: pytest.FixtureRequest, name: str, is_there: bool) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,24 +66,23 @@ class XKVConfig:
     Args:
         group_size: Consecutive layers that share one latent (W).
         groups: Explicit layer groups instead of ``group_size``, e.g. ``((0, 1), (2, 3, 4))``.
-        group_shares: Each group's share of the bytes of the factors, any positive numbers; kept
-            with a sum of 1.
         first_layer: First layer to compress; those before it stay dense.
         last_layer: Last layer to compress, inclusive; None means the model's last.
         rank_k: Columns of the shared key latent, or ``"full"`` for the exact form.
         rank_v: Columns of the shared value latent, or ``"full"``.
         compression: Target ratio of dense bytes to all bytes held after the prompt.
-        latent_bits: ``auto`` stores the latents' and bases' bands of 64 columns in as many bits, 2
-            to 16, as their singular values are worth; 16 is the paper's form, where ``compression``
-            picks ranks. Given ranks are always held in 16.
+        basis: ``auto`` is the model's own, calibrated once, where there is one, and the prompt's
+            elsewhere; ``calibrated`` insists on it; ``prompt`` is the paper's form, a joint SVD of
+            each prompt. Given ranks, and latents in 16 bits, always mean the prompt's.
+        latent_bits: ``auto`` stores the latents' bands of 64 columns, and a prompt's own basis, in
+            as many bits, 2 to 16, as their energies are worth; 16 is the paper's form, where
+            ``compression`` picks ranks. Given ranks are always held in 16.
         value_rank_ratio: rank_v / rank_k when ``compression`` picks ranks.
-        min_rank: Columns that ``auto`` keeps of keys and of values at least.
-        max_rank: Columns that ``auto`` keeps of either at most; None for no limit.
-        weighting: What counts in the factorization: ``off`` all numbers alike, ``norm`` all layers
-            alike, ``attention`` columns by how much attention depends on them.
+        max_key_rank: Columns of keys that ``auto`` keeps at most, each of which costs a product in
+            every key that decode rebuilds; None for no limit.
         sinks: First tokens, kept dense.
         window: Last tokens, kept dense; None is 128, or down to 16 where sinks and window would
-            take more than a quarter of the bytes that ``compression`` leaves.
+            take more than an eighth of the bytes that ``compression`` leaves.
         max_tail: Tokens after the window that are kept dense; when there are more, all but the
             window is folded into the compressed part.
         attention: ``dense`` attends to every compressed row; ``selective`` to the ``budget`` rows
@@ -96,8 +93,8 @@ class XKVConfig:
         landmark_bits: 4, 8 or 16 bits for the chunks' summary keys.
         outlier_chunks: Chunks a KV head that stay dense because their summary fits them least; None
             is one in 170 (the paper's 48 at 65,536 tokens).
-        power_iterations: Subspace iterations of the factorization.
-        seed: Seed of the factorization's random start.
+        power_iterations: Subspace iterations of a prompt's factorization.
+        seed: Seed of its random start.
 
     Raises:
         InputError: If a value is out of range or the rank options contradict each other.
@@ -107,17 +104,15 @@ class XKVConfig:
 
     group_size: int = 4
     groups: tuple[tuple[int, ...], ...] | None = None
-    group_shares: tuple[float, ...] | None = None
     first_layer: int = 0
     last_layer: int | None = None
     rank_k: Rank | None = None
     rank_v: Rank | None = None
     compression: float | None = None
+    basis: Literal["auto", "calibrated", "prompt"] = "auto"
     latent_bits: Literal["auto", 16] = "auto"
     value_rank_ratio: float = 1.5
-    min_rank: int = BAND
-    max_rank: int | None = None
-    weighting: Literal["off", "norm", "attention"] = "off"
+    max_key_rank: int | None = None
     sinks: int = 4
     window: int | None = None
     max_tail: int = 128
@@ -132,9 +127,6 @@ class XKVConfig:
     def __post_init__(self) -> None:
         if self.groups is not None:
             object.__setattr__(self, "groups", tuple(tuple(group) for group in self.groups))
-        if self.group_shares is not None:
-            shares = _normalized(self.group_shares, len(self.groups or ()))
-            object.__setattr__(self, "group_shares", shares)
         if self.group_size < 1:
             raise InputError(f"group_size={self.group_size} must be at least 1")
         if self.max_tail < 1:
@@ -157,13 +149,15 @@ class XKVConfig:
             raise InputError(f"compression={self.compression} must be above 1")
         if self.latent_bits not in ("auto", 16):
             raise InputError(f"latent_bits={self.latent_bits!r} must be 'auto' or 16")
-        if self.weighting not in ("off", "norm", "attention"):
-            raise InputError(f"weighting={self.weighting!r} must be off, norm or attention")
-        if self.min_rank < 1 or (self.max_rank is not None and self.max_rank < self.min_rank):
+        if self.basis not in ("auto", "calibrated", "prompt"):
+            raise InputError(f"basis={self.basis!r} must be auto, calibrated or prompt")
+        if self.basis == "calibrated" and not self.chooses_bits:
             raise InputError(
-                f"min_rank={self.min_rank} must be at least 1, and max_rank={self.max_rank} not "
-                "below it"
+                "basis='calibrated' chooses its own columns and bits: give compression, without "
+                "ranks or latent_bits"
             )
+        if self.max_key_rank is not None and self.max_key_rank < BAND:
+            raise InputError(f"max_key_rank={self.max_key_rank} must be at least {BAND}")
         if self.attention not in ("auto", "dense", "selective"):
             raise InputError(f"attention={self.attention!r} must be auto, dense or selective")
         if self.chunk_size < 1 or self.budget < 1 or self.budget % self.chunk_size:
@@ -180,8 +174,13 @@ class XKVConfig:
 
     @property
     def chooses_bits(self) -> bool:
-        """Whether the bits of latents and bases are chosen by their spectra."""
+        """Whether the bits of latents and bases are chosen by their energies."""
         return self.compression is not None and self.latent_bits == "auto"
+
+    @property
+    def wants_model_basis(self) -> bool:
+        """Whether the model's own basis is taken where there is one."""
+        return self.chooses_bits and self.basis != "prompt"
 
     def window_at(self, n_tokens: int) -> int:
         """Last tokens that stay dense after a prompt."""
@@ -189,7 +188,7 @@ class XKVConfig:
             return self.window
         if self.compression is None:
             return MAX_WINDOW
-        affordable = int(n_tokens / self.compression / 4)
+        affordable = int(n_tokens / self.compression / 8)
         n_fitting = bisect.bisect_right(
             range(MIN_WINDOW, MAX_WINDOW + 1),
             affordable,
@@ -208,17 +207,3 @@ class XKVConfig:
         if covers_all or self.attention == "dense" or (self.attention == "auto" and not is_long):
             return Layout(n_rows)
         return Layout(n_chunks * self.chunk_size, n_outliers, True)
-
-
-def _normalized(shares: Sequence[float], n_groups: int) -> tuple[float, ...]:
-    """Shares with a sum of 1."""
-    if not n_groups or len(shares) != n_groups:
-        raise InputError(
-            f"group_shares has {len(shares)} numbers for {n_groups} explicit groups: give one a "
-            "group"
-        )
-    if not all(0 < share < math.inf for share in shares):
-        raise InputError(f"group_shares={tuple(shares)} must all be finite and above 0")
-    total = math.fsum(shares)
-    # shares that were normalized before, and come from a file, stay the same to the last bit
-    return tuple(shares) if abs(total - 1) < 1e-9 else tuple(share / total for share in shares)

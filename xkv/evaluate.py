@@ -13,7 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from xkv.cli.flags import add_grouping_flag
+from xkv.cli.first_use import calibrate_at_first_use
+from xkv.cli.flags import add_calibration_flag, add_grouping_flag
 from xkv.cli.terminal import user_errors
 from xkv.config import XKVConfig
 from xkv.errors import InputError
@@ -26,8 +27,8 @@ from xkv.evaluation.store import Store
 from xkv.evaluation.tasks import TASKS, MakeSample
 from xkv.evaluation.tasks.perplexity import PERPLEXITY, FileText
 from xkv.evaluation.tasks.qa import TextQuestions
-from xkv.planning.calibration import choose_profile
 from xkv.planning.language_model import LanguageModel, load_language_model
+from xkv.planning.layer_groups import choose_profile
 from xkv.tiny import CHECKPOINT_DIR
 
 METHODS = (
@@ -116,6 +117,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick", action="store_true", help="a few questions at one length, in minutes"
     )
+    add_calibration_flag(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help="for the tokenizer")
     return parser
 
@@ -152,7 +154,11 @@ def evaluate(args: argparse.Namespace) -> None:
     grouping: dict[str, Any] = {}
     if profile is not None:
         config = profile.apply(XKVConfig(), model.identity)
-        grouping = {name: getattr(config, name) for name in ("groups", "group_shares")}
+        grouping = {"groups": config.groups}
+    config = XKVConfig(**grouping)
+    calibrate_at_first_use(
+        lambda: model.subject(config), model.tokenizer, config, args.no_calibration
+    )
 
     def settings(methods: Sequence[str], ratios: Sequence[float]) -> list[Setting]:
         return make_settings(args.methods or methods, args.ratios or ratios, grouping)

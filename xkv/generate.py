@@ -21,7 +21,7 @@ from xkv.cli.flags import (
 )
 from xkv.cli.terminal import user_errors
 from xkv.ops.loading import load_backend_module
-from xkv.planning.calibration import choose_profile
+from xkv.planning.layer_groups import choose_profile
 from xkv.tiny import CHECKPOINT_DIR
 
 
@@ -94,6 +94,7 @@ def run_on_torch(args: argparse.Namespace) -> None:
     engine = load_engine("torch", name, trust_remote_code=trust, kernels=args.kernels)
     if config is not None and profile is not None:
         config = profile.apply(config, engine.identity)
+    engine.calibrate_at_first_use(config, args.no_calibration)
     tokens = engine.encode(
         prompt, system_prompt=args.system_prompt, use_chat_template=not args.ignore_chat_template
     )

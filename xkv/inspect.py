@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from xkv.checks.plots import new_figure, write_plots
+from xkv.cli.first_use import calibrate_at_first_use
 from xkv.cli.flags import add_compression_flags, config_from
 from xkv.cli.terminal import user_errors
 from xkv.errors import InputError
 from xkv.evaluation.inspection import inspect, report_lines
-from xkv.planning.calibration import choose_profile, read_prompt
 from xkv.planning.language_model import load_language_model
+from xkv.planning.layer_groups import choose_profile, read_prompt
 from xkv.tiny import CHECKPOINT_DIR
 
 
@@ -70,6 +71,10 @@ def run(args: argparse.Namespace) -> None:
     model = load_language_model(args.backend, name, trust_remote_code=trust)
     if profile is not None:
         config = profile.apply(config, model.identity)
+    chosen = config
+    calibrate_at_first_use(
+        lambda: model.subject(chosen), model.tokenizer, chosen, args.no_calibration
+    )
     report = inspect(model, text, config)
     folder = Path(args.out)
     try:

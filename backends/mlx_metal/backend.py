@@ -68,8 +68,8 @@ class MLXBackend(Backend):
         positive = mx.all(mx.diagonal(factor, axis1=-2, axis2=-1) > 0)
         return factor if positive.item() else None
 
-    def solve_triangular(self, lower: Array, right: Array) -> Array:
-        return mx.linalg.solve_triangular(lower, right, stream=mx.cpu)
+    def triangular_inverse(self, lower: Array) -> Array:
+        return mx.linalg.tri_inv(lower, stream=mx.cpu)
 
     def eigh(self, x: Array) -> tuple[Array, Array]:
         # float64: the float32 routine mixes directions below 1e-3 of the largest

@@ -46,7 +46,7 @@ class Checking:
         if pair.topics.any():
             # the basis may have no room for a new topic, but it is never worse than nothing
             return 1.0
-        errors = [x.error for group in pair.cache.groups for x in group.state.factors]
+        errors = [x.error for group in pair.cache.groups for x in group.state.stores]
         return max(EXACT, LOOSE * max(errors, default=0.0), 0.05 * bool(errors))
 
     def check_attention(self, pair: Pair, layer_idx: int, queries: Any) -> None:
@@ -68,10 +68,10 @@ class Checking:
                 keys, values = self.with_outliers(pair, layer_idx, keys, values)
         want = attention(self.backend.to_numpy(queries), keys, values, attended, scale)
         error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-6)
-        assert error <= 2e-3, (error, layer.rows.n_segment, layer.rows.n_recent)
+        assert error <= 2e-3, (error, layer.rows.n_segment)
 
     def selected(self, pair: Pair, layer_idx: int, queries: Any, scale: float) -> np.ndarray:
-        """Which rows a step attends to: all that are dense or recent, and the chosen chunks."""
+        """Which rows a step attends to: all that are dense, and the chosen chunks."""
         layer, backend = pair.cache.layers[layer_idx], self.backend
         rows = layer.rows
         assert rows.landmarks is not None

@@ -42,10 +42,6 @@ class CacheMachine(Checking, RuleBasedStateMachine):
         shape = (setting.batch, setting.n_kv_heads, 0, setting.head_dim)
         empty = [np.zeros(shape, np.float32) for _ in range(setting.n_layers)]
         cache = setting.cache(self.backend)
-        if setting.config.weighting == "attention":
-            energy = np.ones((setting.n_kv_heads, setting.head_dim), np.float32)
-            for layer in cache.layers.values():
-                layer.rows = layer.rows._replace(output_energy=self.backend.from_numpy(energy))
         self.pairs.append(Pair(cache, empty, list(empty), np.zeros(0, int)))
 
     def draw_rows(self, n_rows: int, topic: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -80,7 +76,6 @@ class CacheMachine(Checking, RuleBasedStateMachine):
         for kept, new in ((pair.keys, self.backend.to_numpy(rotated)), (pair.values, values)):
             kept[layer_idx] = np.concatenate([kept[layer_idx], new], axis=2)
         queries = self.queries(keys.shape[2])
-        layer.watch(queries)
         if not self.setting.is_mla:
             self.check_attention(pair, layer_idx, queries)
 
@@ -171,7 +166,9 @@ class CacheMachine(Checking, RuleBasedStateMachine):
     def save_and_load(self, data: Any) -> None:
         pair = self.any_pair(data)
         saved = [write_layer(layer, self.setting.rope) for layer in ordered(pair.cache)]
-        loaded = [read_layer(state, lambda: self.backend) for state in saved]
+        loaded = [
+            read_layer(state, lambda: self.backend, lambda *_: pair.cache.basis) for state in saved
+        ]
         again = loaded[0][0].cache
         assert all(layer.cache is again for layer, _ in loaded)
         assert all(rope == self.setting.rope for _, rope in loaded)
@@ -216,7 +213,6 @@ class CacheMachine(Checking, RuleBasedStateMachine):
             layer.append(
                 self.backend.from_numpy(new_keys), self.backend.from_numpy(new_values), spec
             )
-            layer.watch(self.queries(n_rows))
         before = state_of(pair.cache)
         try:
             pair.cache.settle()

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from hypothesis import strategies as st
 
 from xkv import RopeSpec, XKVConfig
 from xkv.cache.lowrank_cache import LowRankCache
 from xkv.ops.types import DynamicNTKRope
+from xkv.store.model_basis import Directions, ModelBasis
 from xkv.store.shapes import CacheShape, GroupShape
 
 RANK = 10
@@ -29,6 +31,7 @@ class Setting:
     rope_name: str
     is_mla: bool
     is_streaming: bool
+    is_calibrated: bool
 
     @property
     def rope(self) -> Any:
@@ -57,9 +60,25 @@ class Setting:
             for group in self.groups
         )
         shape = CacheShape(groups, 4) if self.is_mla else None
-        cache = LowRankCache(backend, self.config, self.groups, shape=shape)
+        basis = self.model_basis(backend) if self.is_calibrated else None
+        cache = LowRankCache(backend, self.config, self.groups, shape=shape, basis=basis)
         cache.is_streaming = self.is_streaming
         return cache
+
+    def model_basis(self, backend: Any) -> ModelBasis:
+        """Directions at random: every row fits them, and costs the same in each."""
+        random = np.random.default_rng(0)
+        groups = []
+        for group in self.groups:
+            heads = len(group), self.n_kv_heads, self.head_dim
+            width, parts = int(np.prod(heads)), []
+            for _ in range(1 if self.is_mla else 2):
+                scales = random.uniform(0.5, 2, width).astype(np.float32)
+                rows = np.linalg.qr(random.standard_normal((width, width)))[0] / scales
+                energies = np.linspace(2, 1, width)
+                parts.append(Directions(rows.astype(np.float16), scales, energies, heads))
+            groups.append(tuple(parts))
+        return ModelBasis(backend, "drawn", self.groups, tuple(groups))
 
 
 @st.composite
@@ -93,7 +112,6 @@ def settings_of(draw: Any) -> Setting:
         chunk_size=chunk_size,
         landmark_bits=draw(st.sampled_from((4, 8, 16))),
         outlier_chunks=draw(st.sampled_from((None, 0, 2))),
-        weighting=draw(st.sampled_from(("off", "off", "norm", "attention"))),
     )
     return Setting(
         config,
@@ -105,4 +123,5 @@ def settings_of(draw: Any) -> Setting:
         draw(st.sampled_from(("halves", "partial", "dynamic", "none"))),
         is_mla,
         draw(st.sampled_from((False, False, True))),
+        config.wants_model_basis and draw(st.booleans()),
     )

@@ -79,7 +79,8 @@ def test_a_batch_meets_the_ratio_of_one(backend, compression, options):
         talk.reply(1)
         dense = batch * 1501 * 2 * 2 * 2 * 64 * 4
         assert talk.cache.dense_bytes() == dense
-        assert dense / talk.cache.held_bytes() == pytest.approx(compression, rel=0.02)
+        # at 2 all columns fit in full
+        assert 0.98 <= dense / talk.cache.held_bytes() / compression < 1.15
         # one sequence's budget for three would lose a hundred times as much
         assert talk.error() < 1e-5
 

@@ -15,11 +15,11 @@ from xkv.checks.invariants import broken_invariants
 
 SELECTIVE = {"attention": "selective", "budget": 16, "chunk_size": 8}
 FORMS = {
-    "ranks": ({"rank_k": 12, "rank_v": 12}, 0.6),
-    "bits": ({"compression": 2.0}, 0.05),
-    "selective": ({"compression": 2.0, **SELECTIVE}, 0.05),
+    "ranks": ({"rank_k": 12, "rank_v": 12}, 1e-4),
+    "bits": ({"compression": 2.0}, 0.02),
+    "selective": ({"compression": 2.0, **SELECTIVE}, 0.02),
 }
-"""Options, and the error that is left of a topic for which the bases have little room."""
+"""Options, and the error that is left."""
 
 
 @pytest.fixture(scope="module", params=["mlx", "torch"])
@@ -29,11 +29,11 @@ def backend(request):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_an_end_at_any_operation_changes_nothing(backend, form):
-    """Of a first compression, and of a fold with growth and a merge after it."""
+    """Of a first compression, and of a fold after it."""
     options, allowed = FORMS[form]
     talk = Conversation(backend, head_dim=64, **{"budget": 32, **options})
-    for n_tokens, topic in ((300, 0), (150, 1)):
-        talk.say(n_tokens, topic)
+    for n_tokens in (300, 150):
+        talk.say(n_tokens)
         before = talk.cache.groups[0].state
         for at in itertools.count(1, 7):
             with (
@@ -48,7 +48,7 @@ def test_an_end_at_any_operation_changes_nothing(backend, form):
         assert at > 5 and talk.cache.groups[0].state is not before
         assert broken_invariants(talk.cache) == []
         assert talk.cache.layers[0].is_compressed
-    assert talk.cache.layers[0].rows.n_recent == 0 and talk.error() < allowed
+    assert talk.error() < allowed
 
 
 @pytest.mark.parametrize("n_before", [0, 300])

@@ -9,7 +9,6 @@ import pytest
 
 from tests.cache.conversation import HEAD_DIM, N_KV_HEADS, WIDTH, Conversation
 from xkv import load_backend
-from xkv.cache.settling import fresh_bytes
 
 
 @pytest.fixture(scope="module", params=["mlx", "torch"])
@@ -24,7 +23,7 @@ def test_replies_and_prompts_are_folded(backend):
     talk.say(50)
     talk.reply(3)
     first = talk.cache.layers[0]
-    assert first.rows.n_segment + first.rows.n_recent > 293 - 2 - 16 - 16 - 8
+    assert first.rows.n_segment > 293 - 2 - 16 - 16 - 8
     # no more than sinks, window and tail are dense, but for the call that has not settled
     assert first.rows.keys.n_rows <= 2 + 16 + 16 + 8
     assert talk.error() < 1e-4
@@ -34,43 +33,23 @@ def test_full_rank_stays_exact_over_folds(backend):
     talk = Conversation(backend, rank=WIDTH, rank_k="full", rank_v="full")
     talk.say(100)
     talk.reply(150)
-    assert talk.cache.layers[0].rows.n_recent > 60
+    assert talk.cache.layers[0].rows.n_segment > 200
     assert talk.error() < 1e-4
 
 
-def test_basis_grows_for_a_new_topic_only(backend):
-    talk = Conversation(backend, rank_k=12, rank_v=12, budget=1024)
-    talk.say(200)
+@pytest.mark.parametrize("form", [{"rank_k": 12, "rank_v": 12}, {"compression": 6}])
+def test_later_rows_that_fit_badly_are_reported(backend, form):
+    talk = Conversation(backend, topics=2, head_dim=64, **form)
+    talk.say(400)
     talk.reply(60)
-    group = talk.cache.groups[0]
-    before = group.keys
-    assert before.rank == 12
+    assert talk.cache.notice is None
+    before = talk.cache.groups[0].values
     talk.reply(60, topic=1)
-    assert 12 < group.keys.rank <= 24
-    assert group.keys.latent is before.latent
-    assert talk.error(last=60) < 1e-4
-
-
-def test_growth_is_paid_out_of_what_a_fresh_compression_holds(backend):
-    talk = Conversation(backend, topics=3, rank=40, compression=2)
-    talk.say(600)
-    for topic in (1, 2, 1, 2):
-        talk.reply(60, topic)
-        group, first = talk.cache.groups[0], talk.cache.layers[0]
-        n_rows = first.rows.n_segment + first.rows.n_recent
-        fresh = fresh_bytes(talk.cache.config, talk.cache.shape, 0, group.state, n_rows)
-        assert group.keys.nbytes + group.values.nbytes <= fresh
-
-
-def test_recent_rows_join_the_segment_beyond_the_budget(backend):
-    talk = Conversation(backend, rank_k=24, rank_v=24)
-    talk.say(200)
-    talk.reply(70, topic=1)
-    n_segment = talk.cache.layers[0].rows.n_segment
-    talk.reply(50, topic=1)
-    first = talk.cache.layers[0]
-    assert first.rows.n_segment > n_segment
-    assert talk.error() < 1e-4
+    after = talk.cache.groups[0].values
+    share = (after.lost - before.lost) / (after.total - before.total)
+    assert "first prompt's basis badly" in talk.cache.notice
+    assert f"{share:.1%}" in talk.cache.notice or "keys" in talk.cache.notice
+    assert talk.error(last=60) == pytest.approx(share**0.5, rel=0.3)
 
 
 def test_landmarks_grow_with_the_segment(backend):
@@ -135,7 +114,9 @@ def test_a_copy_shares_the_factors_and_goes_its_own_way(backend):
     talk.reply(60)
     assert fork.layers[0].offset == 220
     assert fork.groups[0].keys.latent.shape == before.latent.shape
-    assert talk.cache.groups[0].keys.latent is before.latent
+    after = talk.cache.groups[0].keys.latent.rows(0, before.latent.shape[1])
+    for mine, its in zip(after.arrays, fork.groups[0].keys.arrays, strict=True):
+        np.testing.assert_array_equal(talk.backend.to_numpy(mine), talk.backend.to_numpy(its))
 
 
 def test_a_conversation_that_was_too_short_is_compressed_when_it_has_grown(backend):

@@ -30,7 +30,6 @@ MISTAKES = [
     ("parity", "--max-tokens 0", "--max-tokens 0"),
     ("doctor", "--lengths 0", "--lengths 0 must be at least 256"),
     ("doctor", "--lengths x", "invalid int value"),
-    ("calibrate", "--groups 0", "--groups 0 must be at least 1"),
     ("calibrate", "--group-size 0", "--group-size 0 must be at least 1"),
     ("evaluate", "--samples 0", "--samples 0"),
     ("inspect", "--group-size 0", "nothing to inspect"),

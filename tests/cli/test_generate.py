@@ -40,9 +40,10 @@ def test_full_cache_answers(full_cache):
     [
         EXACT,
         XKVConfig(compression=3, group_size=8, **WINDOW),
+        XKVConfig(compression=3, group_size=8, basis="prompt", **WINDOW),
         XKVConfig(compression=3, group_size=8, attention="selective", budget=256, **WINDOW),
     ],
-    ids=["exact", "dense", "selective"],
+    ids=["exact", "dense", "prompt", "selective"],
 )
 def test_compressed_cache_answers_the_same(engine, full_cache, config):
     said = []
@@ -58,8 +59,12 @@ def test_compressed_cache_answers_the_same(engine, full_cache, config):
     assert result.tokens == full_cache.tokens
     assert "".join(said).strip() == FACT.answer
     n_groups = len(make_groups(config, 8))
-    assert ("factorize", 2 * n_groups, 2 * n_groups) in progress
-    assert {phase for phase, *_ in progress} == {"prefill", "factorize"}
+    if config.wants_model_basis:
+        assert {phase for phase, *_ in progress} == {"prefill"} and result.basis_bytes > 0
+    else:
+        assert ("factorize", 2 * n_groups, 2 * n_groups) in progress
+        assert {phase for phase, *_ in progress} == {"prefill", "factorize"}
+        assert result.basis_bytes == 0
     assert result.notice is None and result.factorize_seconds > 0
     if config is not EXACT:
         assert ("MB of what is held" in result.detail) == (config.attention == "selective")
@@ -92,7 +97,7 @@ def test_command_line_compares_with_the_full_cache(capsys):
     for line in (
         r"Prompt: \d+ tokens, ",
         r"Generation: \d+ tokens, ",
-        "Factorization: ",
+        "Compression: ",
         "Peak mem",
     ):
         assert re.search(f"^{line}", out, re.MULTILINE)

@@ -61,7 +61,7 @@ def test_errors_are_those_of_the_factors(model, report):
             factors = getattr(cache.groups[number], tensor)
             latent = to_numpy(factors.latent.array)[0].astype(np.float64)
             squared = energy = 0.0
-            for layer, basis in zip(layers, factors.bases, strict=True):
+            for layer, basis in zip(layers, factors.basis.layers, strict=True):
                 rows = to_numpy(document.plain_rows(tensor, layer)).astype(np.float64)
                 rows = rows[CONFIG.sinks : CONFIG.sinks + len(latent)]
                 lost = np.linalg.norm(

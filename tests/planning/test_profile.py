@@ -14,16 +14,19 @@ import xkv
 from tests.tiny_models import ARCHITECTURES, write_checkpoint
 from xkv import InputError, XKVConfig, cache_prompt, calibrate, evaluate, generate, load_profile
 from xkv.checks.tolerances import TOLERANCE, relative_error
+from xkv.cli.engine import load_engine
 from xkv.evaluation.run import make_settings
-from xkv.planning import calibration
-from xkv.planning.calibration import prompt_tokens
+from xkv.planning import layer_groups
+from xkv.planning.basis_file import read_basis
 from xkv.planning.language_model import load_language_model
+from xkv.planning.layer_groups import prompt_tokens
 from xkv.planning.profile import ModelIdentity, Profile, find_profile, profile_path
+from xkv.store.model_basis import Balance
 from xkv.tiny import CHECKPOINT_DIR, make_document
 
 TEXT = make_document(seed=3, n_tokens=400).text
 IDENTITY = ModelIdentity("llama", 5, 2, 16, 16)
-PROFILE = Profile(IDENTITY, ((0,), (1, 2, 3), (4,)), (0.25, 0.5, 0.25), "by hand")
+PROFILE = Profile(IDENTITY, ((0,), (1, 2, 3), (4,)), source="by hand")
 CONSECUTIVE = ((0, 1, 2, 3), (4,))
 
 
@@ -74,9 +77,6 @@ CORRUPT = {
     "a number": (lambda about: about | {"groups": 3}, "wrong type"),
     "unknown layer": (lambda about: about | {"groups": [[0], [1, 5], [4]]}, "layers 0 to 4"),
     "a layer twice": (lambda about: about | {"groups": [[0], [0, 1], [4]]}, "layer 0 twice"),
-    "too few shares": (lambda about: about | {"group_shares": [1.0]}, "1 numbers for 3"),
-    "a share of zero": (lambda about: about | {"group_shares": [0, 1, 1]}, "above 0"),
-    "infinity": (lambda about: about | {"group_shares": [1, 1, float("inf")]}, "finite"),
 }
 
 
@@ -95,31 +95,19 @@ def test_corrupt_profile_is_refused(tmp_path, name):
 @pytest.mark.parametrize("field", ["model_type", "n_layers", "n_kv_heads", "key_dim", "value_dim"])
 def test_profile_of_another_model_is_refused(field):
     other = replace(IDENTITY, **{field: "mistral" if field == "model_type" else 64})
-    with pytest.raises(InputError, match="the profile is for llama with 5 layers"):
+    with pytest.raises(InputError, match="by hand is for llama with 5 layers"):
         PROFILE.apply(XKVConfig(), other)
     assert PROFILE.apply(XKVConfig(compression=8), IDENTITY) == XKVConfig(
-        compression=8, groups=PROFILE.groups, group_shares=PROFILE.group_shares
+        compression=8, groups=PROFILE.groups
     )
-
-
-def test_group_shares_are_normalized_once():
-    config = XKVConfig(groups=((0,), (1,), (2,)), group_shares=[1, 2, 4])
-    assert config.group_shares == pytest.approx((1 / 7, 2 / 7, 4 / 7))
-    for n_groups in range(2, 30):
-        groups = tuple((i,) for i in range(n_groups))
-        config = XKVConfig(groups=groups, group_shares=[(i + 1) ** 0.5 for i in range(n_groups)])
-        assert replace(config) == config
-    with pytest.raises(InputError, match="2 numbers for 0 explicit groups"):
-        XKVConfig(group_shares=(1, 1))
 
 
 def test_calibration_is_the_same_on_both_backends():
     mlx, torch = (
-        calibration.calibrate(load_language_model(name, str(CHECKPOINT_DIR)), TEXT, 3)
+        layer_groups.measure_groups(load_language_model(name, str(CHECKPOINT_DIR)), TEXT, 3)
         for name in ("mlx", "torch")
     )
     assert mlx.groups == torch.groups and mlx.model == torch.model
-    assert mlx.group_shares == pytest.approx(torch.group_shares, rel=0.02)
     assert len(mlx.groups) == 3 and sum(mlx.groups, ()) == tuple(range(8))
 
 
@@ -142,37 +130,42 @@ def test_calibration_of_constant_and_of_broken_rows(folder):
     layers = model.model.model.layers
     with torch.no_grad():
         layers[1].self_attn.k_proj.weight.zero_()
-        profile = calibration.calibrate(model, TEXT, 2)
+        profile = layer_groups.measure_groups(model, TEXT, 2)
         assert sum(profile.groups, ()) == (0, 1, 2, 3, 4)
         layers[2].self_attn.v_proj.weight.fill_(float("nan"))
     with pytest.raises(InputError, match="layer 3 hold NaN or infinity"):
-        calibration.calibrate(model, TEXT, 2)
+        layer_groups.measure_groups(model, TEXT, 2)
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
-def test_calibrate_command_writes_into_the_models_directory(capsys, folder, tmp_path, backend):
-    text = tmp_path / "text.txt"
+def test_calibrate_command_writes_groups_and_a_basis_for_them(
+    capsys, monkeypatch, folder, tmp_path, backend
+):
+    monkeypatch.setattr("xkv.planning.calibration.N_PIECES", 5)
+    monkeypatch.setattr(
+        "xkv.planning.calibrate_model.best_balances", lambda *_: {8.0: Balance(1.0, 1.0, True)}
+    )
+    text, out = tmp_path / "text.txt", tmp_path / "out.safetensors"
     text.write_text(TEXT)
-    flags = ["--model", str(folder), "--prompt", str(text), "--groups", "2", "--backend", backend]
-    code, err = run(capsys, calibrate, *flags)
-    assert code == 0 and f"wrote {folder}" in err
+    flags = ["--model", str(folder), "--prompt", str(text), "--group-size", "3", "--cka"]
+    code, err = run(capsys, calibrate, *flags, "--backend", backend, "--out", str(out))
+    assert code == 0 and f"wrote {folder}" in err and f"kept in {out}" in err
     profile = find_profile(str(folder))
     profile_path(str(folder)).unlink()
     assert profile.model == IDENTITY and len(profile.groups) == 2
+    subject = load_engine(backend, str(folder)).subject(XKVConfig(groups=profile.groups))
+    read_basis(out, subject.fingerprint, profile.groups, subject.backend)
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--prompt", "too short"], "at least 256"),
-        (["--groups", "6"], "5 layers of 1 kinds cannot be 6 groups"),
-        (["--groups", "0"], "--groups 0 must be at least 1"),
+        (["--cka", "--prompt", "too short"], "at least 256"),
         (["--group-size", "0"], "--group-size 0 must be at least 1"),
-        (["--out", "/proc/none/p.json"], "cannot write /proc/none/p.json"),
+        (["--text", "/proc/none/t.txt"], "cannot read /proc/none/t.txt"),
     ],
 )
 def test_calibrate_refuses_in_one_sentence(capsys, folder, flags, words):
-    flags = [*([] if "--prompt" in flags else ["--prompt", TEXT]), *flags]
     code, err = run(capsys, calibrate, "--model", str(folder), *flags)
     assert code == 2
     last = err.strip().splitlines()[-1]
@@ -188,7 +181,7 @@ def chosen(capsys, monkeypatch, folder):
             f"{module}.show_answers",
             lambda answer, config, compare: configs.append(config) or SimpleNamespace(text=""),
         )
-    monkeypatch.setattr("xkv.planning.calibration.BUILT_IN_TOKENS", 400)
+    monkeypatch.setattr("xkv.planning.layer_groups.BUILT_IN_TOKENS", 400)
 
     def choose(backend: str, *flags: str) -> tuple[XKVConfig | None, str]:
         flags = ("--model", str(folder), "--prompt", "hello", "--backend", backend, *flags)
@@ -203,16 +196,16 @@ def test_flags_choose_the_grouping(chosen, kept, tmp_path, backend):
     other = replace(PROFILE, groups=((0, 1), (2,), (3, 4)))
     other.save(tmp_path / "other.json")
     config, err = chosen(backend)
-    assert config.groups == PROFILE.groups and config.group_shares == PROFILE.group_shares
-    assert f"Layers grouped by {profile_path(str(kept))}: 0 (25%), 1-3 (50%), 4 (25%)" in err
+    assert config.groups == PROFILE.groups
+    assert f"Layers grouped by {profile_path(str(kept))}: 0, 1-3, 4" in err
     for flags in (["--grouping", "consecutive"], ["--group-size", "4"]):
         config, err = chosen(backend, *flags)
-        assert (config.groups, config.group_shares, config.group_size) == (None, None, 4)
+        assert (config.groups, config.group_size) == (None, 4)
         assert "grouped by" not in err
     config, err = chosen(backend, "--grouping", str(tmp_path / "other.json"))
     assert config.groups == other.groups
     config, err = chosen(backend, "--grouping", "cka", "--group-size", "2")
-    assert len(config.groups) == 3 and "grouped by this calibration" in err
+    assert len(config.groups) == 3 and "grouped by this measurement" in err
 
 
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
@@ -267,7 +260,7 @@ def test_prompt_cache_file_keeps_its_groups(capsys, folder, tmp_path):
 
 def test_draft_model_keeps_groups_of_its_own(capsys, kept, tmp_path):
     draft = write_checkpoint(tmp_path, ARCHITECTURES["llama"] | {"num_hidden_layers": 2})
-    kinds = replace(IDENTITY, n_layers=2), ((0,), (1,)), (0.5, 0.5)
+    kinds = replace(IDENTITY, n_layers=2), ((0,), (1,))
     Profile(*kinds).save(profile_path(str(draft)))
     flags = ["--model", str(kept), "--draft-model", str(draft), "--prompt", TEXT, "-m", "2"]
     generate.main([*flags, "--compression", "2", "--window", "24"])
@@ -276,7 +269,7 @@ def test_draft_model_keeps_groups_of_its_own(capsys, kept, tmp_path):
 
 
 def test_evaluation_groups_methods_that_name_no_group_size():
-    grouping = {"groups": PROFILE.groups, "group_shares": PROFILE.group_shares}
+    grouping = {"groups": PROFILE.groups}
     labels = ["xkv", "xkv:group_size=2", "svd", "snapkv"]
     _, *settings = make_settings(labels, [2.0], grouping)
     assert [s.label for s in settings] == labels
@@ -292,4 +285,4 @@ def test_evaluate_keeps_the_groups_with_its_results(capsys, kept, tmp_path):
     assert about["groups"] == [[0], [1, 2, 3], [4]]
     assert run(capsys, evaluate, *flags)[0] == 0
     code, err = run(capsys, evaluate, *flags, "--grouping", "consecutive")
-    assert code == 2 and "holds results of another run: group_shares" in err
+    assert code == 2 and "holds results of another run: groups" in err

@@ -136,14 +136,17 @@ def test_factorize_refuses_numbers_that_are_not_finite(name, rank):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("rank", [40, 200, 600])  # by the rows, by the Gram matrix, all at once
-def test_products_in_16_bits_stay_within_one_percent_of_the_exact_truncation(rank, dtype):
+def test_products_in_16_bits_stay_within_one_percent_of_the_exact_truncation(
+    rank, dtype, monkeypatch
+):
     backend = load_backend("torch", device="cpu")
     random = np.random.default_rng(0)
     columns = np.exp(-np.arange(1536) / 100) + 0.003
     mixed = random.standard_normal((700, 1536)) * columns @ random.standard_normal((1536, 1536))
     joint = torch.from_numpy(mixed).to(getattr(torch, dtype)).float()  # as a cache holds them
     layers = [x.unflatten(-1, (8, 64)) for x in joint.chunk(3, dim=1)]
-    latent, bases, _ = factorize(backend, layers, rank, product_dtype=getattr(torch, dtype))
+    monkeypatch.setattr(backend, "product_dtype", lambda _: getattr(torch, dtype))
+    latent, bases, _ = factorize(backend, layers, rank)
     assert latent.dtype == torch.float32
     got = latent @ torch.cat([basis.flatten(1) for basis in bases], dim=1)
     optimal = torch.linalg.svdvals(joint.double())[rank:].square().sum().sqrt()

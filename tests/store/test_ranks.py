@@ -68,9 +68,9 @@ def test_short_prompt_stays_dense_and_says_why(options, tokens, words):
     assert words in plan_ranks(LLAMA_8B, XKVConfig(**options), tokens)
 
 
-def test_window_leaves_three_quarters_of_the_bytes_to_factors():
+def test_window_leaves_seven_eighths_of_the_bytes_to_factors():
     windows = [XKVConfig(compression=ratio).window_at(4096) for ratio in (2, 8, 16, 32, 100)]
-    assert windows == [128, 109, 49, 19, 16]
+    assert windows == [128, 49, 19, 16, 16]
     assert XKVConfig(rank_k=8, rank_v=8).window_at(100) == 128
     assert XKVConfig(compression=32, window=50).window_at(4096) == 50
 

@@ -9,9 +9,9 @@ from xkv import load_backend
 from xkv.ops.attention import raised_weights
 from xkv.ops.types import RopeRun, Segment
 from xkv.store.codec import pack_part
-from xkv.store.factorization import factor_rows
 from xkv.store.linear_algebra import energy
-from xkv.store.weighting import column_weights, head_energy
+from xkv.store.prompt_basis import measure, plain_basis
+from xkv.store.store import store_rows
 
 
 @pytest.fixture(scope="module", params=["mlx", "torch"])
@@ -28,22 +28,20 @@ def test_sums_over_a_long_prompt_lose_nothing(backend, long_rows):
     exact = float((long_rows.astype(np.float64) ** 2).sum())
     rows = backend.from_numpy(long_rows)
     assert energy(backend, rows) == pytest.approx(exact, rel=1e-5)
-    norm = column_weights(backend, "norm", "keys", rows, None, None)
-    want = (exact / long_rows.size) ** -0.5
-    np.testing.assert_allclose(backend.to_numpy(norm), want, rtol=1e-5)
-    queries = backend.xp.permute_dims(rows, (0, 2, 1, 3))
-    by_column = (long_rows.astype(np.float64) ** 2).sum((0, 1))
-    got = backend.to_numpy(head_energy(backend, queries, 4))
-    np.testing.assert_allclose(got, by_column, rtol=1e-3)
 
 
 def test_the_reported_error_is_the_true_one(backend, long_rows):
     """At half of the rank of white rows, half of the energy is lost."""
-    rows = backend.from_numpy(long_rows[:, :32_768])
-    found = factor_rows(backend, [rows], 128, backend.xp.float32, power_iterations=3, seed=0)
-    basis = backend.to_numpy(found.bases[0]).reshape(128, -1)
+
+    def read(start, end):
+        return [backend.from_numpy(long_rows[:, start:end])]
+
+    dtype = backend.xp.float32
+    spectrum = measure(backend, read, 32_768, 128, dtype, power_iterations=3, seed=0)
+    found = store_rows(backend, plain_basis(backend, spectrum, dtype), read, 32_768, dtype, None)
+    basis = backend.to_numpy(found.basis.layers[0].array).reshape(128, -1)
     flat = long_rows[0, :32_768].reshape(-1, 256).astype(np.float64)
-    lost = ((flat - backend.to_numpy(found.latent)[0] @ basis) ** 2).sum()
+    lost = ((flat - backend.to_numpy(found.latent.array)[0] @ basis) ** 2).sum()
     assert found.lost == pytest.approx(lost, rel=1e-3)
     assert found.total == pytest.approx((flat**2).sum(), rel=1e-5)
 

@@ -8,19 +8,19 @@ from xkv.cache.layer import LayerView
 from xkv.cache.rows import LayerRows
 from xkv.ops.backend import Backend
 from xkv.ops.types import Array
-from xkv.store.factors import SharedFactors
+from xkv.store.store import ReadRows, Store
 
 
 class GroupState(NamedTuple):
     """All that a group holds, as one value.
 
-    By position: sinks (dense), the segment, recent rows (both factored), window and tail (dense).
+    By position: sinks (dense), the segment (stored), window and tail (dense).
     """
 
     layers: tuple[LayerRows, ...]
-    keys: SharedFactors | None = None
-    values: SharedFactors | None = None
-    """None where values are not factored."""
+    keys: Store | None = None
+    values: Store | None = None
+    """None where values are not stored."""
     retry_at: int = 0
     """Tokens from which on compression is worth another look."""
 
@@ -40,19 +40,31 @@ class GroupState(NamedTuple):
         return len(offsets) == 1 and offsets != {0}
 
     @property
-    def factors(self) -> list[SharedFactors]:
-        """What is factored: keys and values, keys alone (MLA), or nothing yet."""
+    def stores(self) -> list[Store]:
+        """Of keys and values, of keys alone (MLA), or none yet."""
         return [x for x in (self.keys, self.values) if x is not None]
+
+    def reader(self, backend: Backend, name: str, first: int) -> ReadRows:
+        """Reads the layers' dense "keys", un-rotated, or "values", from number ``first`` on."""
+
+        def read(start: int, end: int) -> list[Array]:
+            views = (self.view(backend, index) for index in range(len(self.layers)))
+            return [view.plain_rows(name, first + start, first + end) for view in views]
+
+        return read
 
     @property
     def arrays(self) -> list[Array]:
         """The latents, which belong to no layer."""
-        return [x for factors in self.factors for x in factors.arrays]
+        return [x for store in self.stores for x in store.arrays]
 
     def layer_arrays(self, index: int) -> list[Array]:
-        """The arrays of one layer, without the latents."""
-        bases = [x for factors in self.factors for x in factors.bases[index].arrays]
-        return [*self.layers[index].arrays, *bases]
+        """The arrays of one layer, without the latents and what is the model's."""
+        own = [store.basis for store in self.stores if not store.basis.is_shared]
+        return [
+            *self.layers[index].arrays,
+            *(x for basis in own for x in basis.layers[index].arrays),
+        ]
 
 
 class GroupCache:
@@ -67,11 +79,11 @@ class GroupCache:
         return self.state.layers
 
     @property
-    def keys(self) -> SharedFactors | None:
+    def keys(self) -> Store | None:
         return self.state.keys
 
     @property
-    def values(self) -> SharedFactors | None:
+    def values(self) -> Store | None:
         return self.state.values
 
     @property

@@ -14,7 +14,7 @@ from xkv.ops.backend import Backend
 from xkv.ops.packed import Packed
 from xkv.ops.selection import first_landmarks, joined_landmarks, make_landmarks
 from xkv.ops.types import Array, Segment
-from xkv.store.factors import SharedFactors
+from xkv.store.store import Store
 
 FUSED_QUERIES = 32
 """From this many queries on (a later prompt), one fused attention runs over rebuilt rows."""
@@ -26,14 +26,14 @@ class LayerView:
 
     backend: Backend
     rows: LayerRows
-    keys: SharedFactors | None
+    keys: Store | None
     """What the group shares of keys; None before it is compressed."""
-    values: SharedFactors | None
+    values: Store | None
     """None where values are not factored, too."""
     index: int
     """Number of the layer in its group."""
 
-    def _of(self, name: str) -> SharedFactors | None:
+    def _of(self, name: str) -> Store | None:
         return self.keys if name == "keys" else self.values
 
     def segment(self) -> Segment:
@@ -46,45 +46,43 @@ class LayerView:
         if self.keys is None or self.values is None:
             raise InputError("values that stay dense have no segment")
         latents = (x.latent.rows(0, rows.n_segment) for x in (self.keys, self.values))
-        bases = (x.basis(self.index) for x in (self.keys, self.values))
+        bases = (self._basis(x) for x in (self.keys, self.values))
         latent_k, latent_v, basis_k, basis_v = (
             x if x.array is None else x.array for x in (*latents, *bases)
         )
         runs = rows.runs_between(rows.start, rows.start + rows.n_segment)
         return Segment(latent_k, latent_v, basis_k, basis_v, rows.start, runs)
 
+    def _basis(self, store: Store) -> Packed:
+        """The layer's part of a basis, once for each sequence."""
+        basis, batch = store.basis.layers[self.index], self.rows.batch
+        if basis.shape[0] == batch:
+            return basis
+        xp = self.backend.xp
+        return basis.map(lambda x: xp.broadcast_to(x, (batch, *x.shape[1:])))
+
     def dense(self) -> tuple[Array, Array]:
         """All keys and values, ``[B, n_kv_heads, offset, dim]``, rebuilt for this call only."""
         return self._dense("keys"), self._dense("values")
 
     def _dense(self, name: str) -> Array:
-        layer, factors = self.rows, self._of(name)
+        layer, store = self.rows, self._of(name)
         rows = getattr(layer, name).rows
-        if not layer.is_compressed or factors is None:
+        if not layer.is_compressed or store is None:
             return rows
         start = layer.start
-        latent = factors.latent.rows(0, layer.n_segment)
-        middle = self._rebuild(name, latent, factors.basis(self.index), start)
-        rows, end = self._without_outliers(rows), start + layer.n_segment
-        parts = [rows[..., :start, :], middle, *self._recent(name, end), rows[..., start:, :]]
-        return self.backend.xp.concat(parts, axis=-2)
+        middle = self._rebuild(name, store, 0, layer.n_segment)
+        rows = self._without_outliers(rows)
+        return self.backend.xp.concat([rows[..., :start, :], middle, rows[..., start:, :]], axis=-2)
 
-    def _rebuild(self, name: str, latent: Packed, basis: Packed, position: int) -> Array:
-        """Rows ``[B, n_kv_heads, L, dim]`` out of a latent ``[B, L, r]``, keys rotated."""
-        rows = reconstruct(self.backend, latent, basis)
-        if name == "values" or not latent.shape[1]:
+    def _rebuild(self, name: str, store: Store, start: int, end: int) -> Array:
+        """Rows ``start`` to ``end`` of the segment, ``[B, n_kv_heads, L, dim]``, keys rotated."""
+        rows = reconstruct(self.backend, store.latent.rows(start, end), self._basis(store))
+        if name == "values" or start == end:
             return rows
-        runs = self.rows.runs_between(position, position + latent.shape[1])
+        position = self.rows.start + start
+        runs = self.rows.runs_between(position, position + end - start)
         return rope_rows(self.backend, rows, position, runs)
-
-    def _recent(self, name: str, position: int) -> list[Array]:
-        """The recent rows, rebuilt, if there are any."""
-        if not self.rows.n_recent:
-            return []
-        factors = self._of(name)
-        assert factors is not None and factors.recent is not None
-        latent = factors.recent.rows(0, self.rows.n_recent)
-        return [self._rebuild(name, latent, factors.bases[self.index], position)]
 
     def _without_outliers(self, rows: Array) -> Array:
         start, n_outlier_rows = self.rows.start, self.rows.n_outlier_rows
@@ -106,7 +104,7 @@ class LayerView:
         # float32 before the inverse rotation: 16-bit keys would be rounded twice
         rows = xp.astype(rows, self.backend.accumulate_dtype(rows))
         if name == "keys":
-            position = start - layer.n_outlier_rows + layer.n_segment + layer.n_recent
+            position = start - layer.n_outlier_rows + layer.n_segment
             runs = layer.runs_between(position, position + end - start)
             rows = rope_rows(self.backend, rows, position, runs, inverse=True)
         rows = self.backend.own(xp.permute_dims(rows, (0, 2, 1, 3)))
@@ -114,18 +112,10 @@ class LayerView:
         return rows
 
     def _rows_to_attend(self, name: str, with_outliers: bool, with_unused: bool = False) -> Array:
-        """Dense rows and recent ones, which are rebuilt: all that is not in the segment."""
-        layer, buffer = self.rows, getattr(self.rows, name)
+        """Dense rows: all that is not in the segment."""
+        buffer = getattr(self.rows, name)
         rows = buffer.allocated if with_unused else buffer.rows
-        start = layer.start + layer.n_outlier_rows * with_outliers
-        if not with_outliers:
-            rows = self._without_outliers(rows)
-        recent = self._recent(name, layer.start + layer.n_segment)
-        if not recent:
-            return rows
-        return self.backend.xp.concat(
-            [rows[..., :start, :], *recent, rows[..., start:, :]], axis=-2
-        )
+        return rows if with_outliers else self._without_outliers(rows)
 
     def attend(self, queries: Array, scale: float, mask: Array | None, budget: int) -> Array:
         """Attention of the newest tokens over the whole layer.
@@ -174,7 +164,7 @@ class LayerView:
             self._rows_to_attend(name, selects, n_new is not None) for name in ("keys", "values")
         )
         if n_new is not None:
-            n_counted = layer.n_recent + layer.keys.n_rows - layer.n_outlier_rows * (not selects)
+            n_counted = layer.keys.n_rows - layer.n_outlier_rows * (not selects)
             segment = segment._replace(n_dense=n_new + n_counted)
         if landmarks is None:
             return backend.lowrank_attention(queries, segment, keys, values, scale)
@@ -191,15 +181,14 @@ class LayerView:
         """
         layer = self.rows
         from_tail = min(n_tokens, layer.n_tail)
-        from_recent = min(n_tokens - from_tail, layer.n_recent)
-        from_segment = min(n_tokens - from_tail - from_recent, layer.n_segment)
-        layer = layer.without_last(from_tail)._replace(n_recent=layer.n_recent - from_recent)
+        from_segment = min(n_tokens - from_tail, layer.n_segment)
+        layer = layer.without_last(from_tail)
         if from_segment:
             layer = layer._replace(n_segment=layer.n_segment - from_segment)
             layer = replace(self, rows=layer)._with_whole_chunks()
-        layer = layer.without_last(n_tokens - from_tail - from_recent - from_segment)
+        layer = layer.without_last(n_tokens - from_tail - from_segment)
         if has_dense_values:
-            kept = layer.values.n_rows - from_recent - from_segment
+            kept = layer.values.n_rows - from_segment
             layer = layer._replace(values=layer.values.first(kept))
         return layer._replace(rope_runs=layer.runs_between(0, layer.offset))
 
@@ -212,10 +201,9 @@ class LayerView:
         first, start = n_chunks * landmarks.chunk_size, layer.start
         buffers = {}
         for name in ("keys", "values"):
-            factors = self._of(name)
-            assert factors is not None
-            left = factors.latent.rows(first, first + n_left)
-            rows = self._rebuild(name, left, factors.basis(self.index), start + first)
+            store = self._of(name)
+            assert store is not None
+            rows = self._rebuild(name, store, first, first + n_left)
             buffers[name] = getattr(layer, name).replaced(
                 self.backend, start, start + layer.n_outlier_rows, [rows]
             )
@@ -223,15 +211,20 @@ class LayerView:
         return layer._replace(n_segment=first, n_outlier_rows=0, landmarks=kept, **buffers)
 
     def extended_landmarks(self, n_rows: int, chunk_size: int, bits: int) -> LayerRows:
-        """The rows with landmarks of the segment and recent rows up to ``n_rows``.
+        """The rows with landmarks of the first ``n_rows`` after the sinks, stored or not yet.
 
         Those without exact keys are summarized from rebuilt ones.
         """
-        layer, n_done = self.rows, 0
+        layer, n_done, keys = self.rows, 0, []
         if layer.landmarks is not None:
             n_done = layer.landmarks.n_chunks * layer.landmarks.chunk_size
-        keys = self._dense("keys")[..., layer.start + n_done : layer.start + n_rows, :]
-        added, _ = make_landmarks(self.backend, keys, chunk_size, 0, bits)
+        if n_done < layer.n_segment:
+            assert self.keys is not None
+            keys.append(self._rebuild("keys", self.keys, n_done, layer.n_segment))
+        first = layer.n_sinks + layer.n_outlier_rows
+        keys.append(layer.keys.rows[..., first : first + n_rows - layer.n_segment, :])
+        joined = keys[0] if len(keys) == 1 else self.backend.xp.concat(keys, axis=-2)
+        added, _ = make_landmarks(self.backend, joined, chunk_size, 0, bits)
         if layer.landmarks is not None:
             added = joined_landmarks(self.backend, layer.landmarks, added)
         self.backend.evaluate(*added.held)

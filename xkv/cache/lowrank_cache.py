@@ -16,6 +16,7 @@ from xkv.config import DECODE_TOKENS, XKVConfig
 from xkv.errors import InputError
 from xkv.ops.backend import Backend
 from xkv.ops.types import Array, Landmarks, RopeSpec
+from xkv.store.model_basis import ModelBasis
 from xkv.store.ranks import Plan, check_ranks
 from xkv.store.shapes import CacheShape
 
@@ -37,6 +38,7 @@ class LowRankCache:
         n_dense_layers: Layers in no group, for the byte formula.
         on_progress: Called with (factorizations done, factorizations in all).
         shape: What the groups look like; None if all layers are alike, which the first rows show.
+        basis: The model's own, of the same groups; None factors each prompt.
     """
 
     def __init__(
@@ -47,7 +49,9 @@ class LowRankCache:
         n_dense_layers: int = 0,
         on_progress: Callable[[int, int], None] | None = None,
         shape: CacheShape | None = None,
+        basis: ModelBasis | None = None,
     ) -> None:
+        self.basis = basis if config.wants_model_basis else None
         self.backend = backend
         self.config = config
         self.n_dense_layers = n_dense_layers
@@ -62,7 +66,7 @@ class LowRankCache:
         self.uid = uuid.uuid4().hex
         """Names the cache whose layers a file keeps apart."""
         self.fingerprint: str | None = None
-        """Names the model that made the rows, where it is known."""
+        """Names the model that made the rows."""
         self.on_progress = on_progress
         self.is_streaming = False
         """Whether a prompt is compressed while it streams in: later parts see approximate rows."""
@@ -144,10 +148,9 @@ class LowRankCache:
         )
         check_ranks(shape, self.config)
         self.known_shape = shape
-        """None until the first rows have come."""
 
     def settle(self) -> None:
-        """Between calls of the model, factor what has grown too long to stay dense."""
+        """Between calls of the model, store what has grown too long to stay dense."""
         for number in range(len(self.groups)):
             self.settle_group(number)
 
@@ -157,10 +160,11 @@ class LowRankCache:
         if not group.state.is_in_step:
             return
         began = time.perf_counter()
-        about = self.backend, self.config, self.shape, number, group.state
         if group.is_compressed:
-            group.state = settling.continued(*about)
+            group.state, notice = settling.continued(self.backend, self.config, group.state)
+            self.notice = notice or self.notice
         else:
+            about = self.backend, self.config, self.shape, self.basis, number, group.state
             settled = settling.compressed(
                 *about, self.unspent, self.is_streaming, self._report_progress
             )
@@ -249,11 +253,6 @@ class LayerCache:
     def settle(self) -> None:
         """:meth:`LowRankCache.settle_group` for the layer's group."""
         self.cache.settle_group(self.number)
-
-    def watch(self, queries: Array) -> None:
-        """Take note of queries ``[B, n_heads, L, head_dim]``, where they weigh a factorization."""
-        if self.cache.config.weighting == "attention" and not self.is_compressed:
-            self.rows = self.rows.watched(self.cache.backend, queries)
 
     def count_step(self, rope: RopeSpec | None) -> None:
         """Count one row that a step of constant shapes wrote behind the others."""

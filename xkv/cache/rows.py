@@ -7,7 +7,6 @@ from typing import NamedTuple
 from xkv.cache.row_buffer import RowBuffer
 from xkv.ops.backend import Backend
 from xkv.ops.types import Array, Landmarks, RopeRun, RopeSpec
-from xkv.store.weighting import head_energy
 
 
 class LayerRows(NamedTuple):
@@ -15,7 +14,7 @@ class LayerRows(NamedTuple):
 
     Before compression every row is dense. Afterwards the dense rows are the sinks, copies of the
     outlier chunks' rows in selective attention, then window and tail; in position, the group's
-    segment and recent rows lie between sinks and window.
+    segment lies between sinks and window.
     """
 
     keys: RowBuffer = RowBuffer()
@@ -24,22 +23,16 @@ class LayerRows(NamedTuple):
     """Position of the segment's first row."""
     n_segment: int = 0
     """Rows of the group's segment that this layer still uses; trimming lowers it."""
-    n_recent: int = 0
-    """Rows after the segment that were folded in later, those that this layer still uses."""
     landmarks: Landmarks | None = None
     """Set where decode selects chunks."""
     n_outlier_rows: int = 0
     rope_runs: tuple[RopeRun, ...] = ()
     """How the rows from position 0 on were rotated."""
-    query_energy: Array | None = None
-    """Squares of the prompt's queries, ``[n_kv_heads, head_dim]``, where they are watched."""
-    output_energy: Array | None = None
-    """The same of the output projection's weights, ``[n_kv_heads, value_dim]``."""
 
     @property
     def offset(self) -> int:
         """Tokens seen."""
-        return self.n_segment + self.n_recent + self.keys.n_rows - self.n_outlier_rows
+        return self.n_segment + self.keys.n_rows - self.n_outlier_rows
 
     @property
     def batch(self) -> int:
@@ -95,13 +88,6 @@ class LayerRows(NamedTuple):
         if runs and runs[-1].spec == rope:
             n_rows, runs = n_rows + runs[-1].n_rows, runs[:-1]
         return self._replace(rope_runs=(*runs, RopeRun(n_rows, rope)))
-
-    def watched(self, backend: Backend, queries: Array) -> LayerRows:
-        """Count in rotated queries ``[B, n_heads, L, head_dim]``."""
-        energy = head_energy(backend, queries, self.keys.rows.shape[1])
-        energy = energy if self.query_energy is None else self.query_energy + energy
-        backend.evaluate(energy)
-        return self._replace(query_energy=energy)
 
     def with_room(self, backend: Backend, n_rows: int) -> LayerRows:
         """Buffers in which ``n_rows`` more fit without a copy."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 from xkv.cache import steps
 from xkv.cache.group import GroupState
 from xkv.config import XKVConfig
 from xkv.ops.backend import Backend
-from xkv.store.ranks import WAIT_SHARE, BitPlan, Plan, plan_ranks
+from xkv.store.model_basis import ModelBasis
+from xkv.store.ranks import WAIT_SHARE, BitPlan, ModelPlan, Plan, plan_ranks
 from xkv.store.shapes import CacheShape
+
+MISFIT, ENERGY_FLOOR = 4.0, 1e-3
+"""Later rows are spoken of when they lose this many times the share of energy that those before
+did, and more than the floor times it."""
 
 
 class Settled(NamedTuple):
@@ -29,20 +34,22 @@ def compressed(
     backend: Backend,
     config: XKVConfig,
     shape: CacheShape,
+    basis: ModelBasis | None,
     number: int,
     state: GroupState,
     unspent: int,
     is_streaming: bool,
     on_factored: Callable[[], None],
 ) -> Settled | None:
-    """Factor everything but sinks and window, unless that would gain nothing.
+    """Store everything but sinks and window, unless that would gain nothing.
 
     Args:
+        basis: The model's own, None for one of the prompt's.
         number: Of the group in the shape.
         state: Dense rows.
         unspent: Bytes that the groups before it left.
         is_streaming: Whether the prompt is still coming in.
-        on_factored: Called after the keys and after the values.
+        on_factored: Called after the keys and after the values of a prompt's own basis.
 
     Returns:
         None where it is not worth another look yet.
@@ -53,67 +60,65 @@ def compressed(
         return None
     state = state._replace(keys=None, values=None)
     is_first = state.retry_at == 0 and not is_streaming
-    plan = plan_ranks(shape, config, n_tokens, 0.0 if is_first else WAIT_SHARE)
+    plan = plan_ranks(shape, config, n_tokens, 0.0 if is_first else WAIT_SHARE, basis)
     if isinstance(plan, str):
         waiting = state._replace(retry_at=n_tokens + config.max_tail)
         return Settled(waiting, None, unspent, plan)
-    layout = config.layout(n_tokens)
-    ranks: Sequence[int] = plan.for_group(shape, config, number, layout.n_rows)
-    budget = None
-    if isinstance(plan, BitPlan):
-        budget = batch * plan.factor_bytes(shape, config, number, layout.n_rows) + unspent
-    if shape.groups[number].has_dense_values:
-        ranks = ranks[:1]
-    state = steps.compress(backend, config, state, layout, ranks, budget, on_factored)
-    unspent = 0 if budget is None else budget - sum(x.nbytes for x in state.factors)
+    layout, budget = config.layout(n_tokens), None
+    if isinstance(plan, ModelPlan):
+        assert basis is not None
+        bases = basis.columns(number, plan.bits[number], first.keys.rows.dtype)
+    else:
+        ranks = list(plan.for_group(shape, config, number, layout.n_rows))
+        if isinstance(plan, BitPlan):
+            budget = batch * plan.factor_bytes(shape, config, number, layout.n_rows) + unspent
+        if shape.groups[number].has_dense_values:
+            ranks = ranks[:1]
+        bases = steps.prompt_bases(
+            backend, config, state, layout.n_rows, ranks, budget, on_factored
+        )
+    state = steps.compress(backend, config, state, layout, bases)
+    if budget is not None:
+        unspent = budget - sum(x.nbytes for x in state.stores)
     notice = None
     if config.attention == "selective" and not layout.is_selective:
         notice = (
-            f"attention is dense, which is exact over the factors: budget={config.budget} "
+            f"attention is dense, which is exact over what is stored: budget={config.budget} "
             f"covers all that is compressed of {n_tokens} tokens"
         )
     return Settled(state, plan, unspent, notice)
 
 
 def continued(
-    backend: Backend, config: XKVConfig, shape: CacheShape, number: int, state: GroupState
-) -> GroupState:
-    """A compressed group with what has grown too long in its tail folded in."""
+    backend: Backend, config: XKVConfig, state: GroupState
+) -> tuple[GroupState, str | None]:
+    """A compressed group with what has grown too long in its tail moved into the store.
+
+    Returns:
+        The state, and a sentence where the rows that were moved fit the basis badly.
+    """
     state = steps.released(backend, state)
     first = state.layers[0]
     n_rows = first.n_tail - config.window_at(first.offset)
     if n_rows < max(config.max_tail, config.chunk_size):
-        return state
-    n_rows = n_rows // config.chunk_size * config.chunk_size
-    limits = _growth_limits(config, shape, number, state, first.n_recent + n_rows)
-    state = steps.fold(backend, config, state, n_rows, limits)
-    if first.n_recent + n_rows > config.budget:
-        state = steps.merge(backend, config, state)
-    return state
+        return state, None
+    n_rows -= (first.n_segment + n_rows) % config.chunk_size
+    after = steps.fold(backend, config, state, n_rows)
+    return after, _misfit(state, after, n_rows)
 
 
-def _growth_limits(
-    config: XKVConfig, shape: CacheShape, number: int, state: GroupState, n_recent: int
-) -> list[int]:
-    """Rows that the bases may grow by: up to as many as there are, where ranks were given, or as
-    a fresh compression of the same tokens would take more bytes.
-    """
-    kept = state.factors
-    if config.compression is None:
-        limits = [2 * factors.latent.rank - factors.rank for factors in kept]
-    else:
-        fresh = fresh_bytes(config, shape, number, state, state.layers[0].n_segment + n_recent)
-        spare = fresh - sum(factors.nbytes_with(n_recent) for factors in kept)
-        limits = [int(spare / len(kept) // factors.column_bytes(n_recent)) for factors in kept]
-    return [max(limit, 0) for limit in limits]
-
-
-def fresh_bytes(
-    config: XKVConfig, shape: CacheShape, number: int, state: GroupState, n_rows: int
-) -> int:
-    """Bytes of a group's factors if the tokens held were compressed afresh."""
-    first = state.layers[0]
-    plan = plan_ranks(shape, config, first.offset)
-    if isinstance(plan, str):
-        return 0
-    return first.batch * plan.factor_bytes(shape, config, number, n_rows)
+def _misfit(before: GroupState, after: GroupState, n_rows: int) -> str | None:
+    """What is said of later rows that lose far more than the rows before them did."""
+    for name in ("keys", "values"):
+        old, new = getattr(before, name), getattr(after, name)
+        if old is None or new.total == old.total:
+            continue
+        share = (new.lost - old.lost) / (new.total - old.total)
+        if share > MISFIT * max(old.error**2, ENERGY_FLOOR):
+            whose = "model's" if new.basis.is_shared else "first prompt's"
+            return (
+                f"the last {n_rows} tokens that were stored fit the {whose} basis badly: "
+                f"{share:.1%} of the energy of their {name} is lost, {old.error**2:.1%} of those "
+                "before"
+            )
+    return None

@@ -23,11 +23,12 @@ from xkv.errors import InputError
 from xkv.ops.backend import Backend
 from xkv.ops.packed import Packed, Part
 from xkv.ops.types import Array, DynamicNTKRope, Landmarks, Rope, RopeRun, RopeSpec
-from xkv.store.factors import SharedFactors
-from xkv.store.ranks import BitPlan, RankPlan
+from xkv.store.model_basis import ModelBasis
+from xkv.store.ranks import BitPlan, ModelPlan, RankPlan
 from xkv.store.shapes import CacheShape, GroupShape
+from xkv.store.store import Basis, Store
 
-FORMAT = 3
+FORMAT = 4
 """Version of the layout below."""
 
 LAYER_CLASS = "XKVCache"
@@ -36,13 +37,12 @@ LAYER_CLASS = "XKVCache"
 _BEGUN: weakref.WeakValueDictionary[str, LowRankCache] = weakref.WeakValueDictionary()
 """Caches that are being read: mlx-lm makes the layers of a file one by one."""
 
-_PLANS: dict[str, Any] = {plan.__name__: plan for plan in (RankPlan, BitPlan)}
+_PLANS: dict[str, Any] = {plan.__name__: plan for plan in (RankPlan, BitPlan, ModelPlan)}
 
 _ROPES = {"fixed": RopeSpec, "dynamic": DynamicNTKRope}
 
 
-_COUNTS = ("start", "n_segment", "n_recent", "n_outlier_rows")
-_ENERGIES = ("query_energy", "output_energy")
+_COUNTS = ("start", "n_segment", "n_outlier_rows")
 
 
 def write_layer(layer: LayerCache, rope: Rope | None) -> list[Array]:
@@ -51,23 +51,20 @@ def write_layer(layer: LayerCache, rope: Rope | None) -> list[Array]:
     arrays: dict[str, Array] = {}
     matrices: dict[str, list[list[int]]] = {}
     for name in ("keys", "values"):
-        buffer, factors = getattr(rows, name), getattr(state, name)
+        buffer, store = getattr(rows, name), getattr(state, name)
         if buffer.allocated is not None:
             arrays[name] = buffer.allocated
-        if factors is None:
+        if store is None:
             continue
-        stored = {"basis": factors.bases[layer.index]}
+        stored = {} if store.basis.is_shared else {"basis": store.basis.layers[layer.index]}
         if layer.index == 0:
-            stored |= {"latent": factors.latent, "recent": factors.recent}
+            stored["latent"] = store.latent
         for kind, matrix in stored.items():
-            if matrix is not None:
-                matrices[f"{name}.{kind}"] = [[x.bits, x.group_size] for x in matrix.parts]
-                arrays.update((f"{name}.{kind}.{i}", x) for i, x in enumerate(matrix.arrays))
+            matrices[f"{name}.{kind}"] = [[x.bits, x.group_size] for x in matrix.parts]
+            arrays.update((f"{name}.{kind}.{i}", x) for i, x in enumerate(matrix.arrays))
     landmarks = rows.landmarks
     if landmarks is not None:
         arrays.update((f"landmarks.{i}", x) for i, x in enumerate(landmarks.held))
-    energies = {name: getattr(rows, name) for name in _ENERGIES}
-    arrays.update((name, x) for name, x in energies.items() if x is not None)
     about = {
         "format": FORMAT,
         "backend": cache.backend.name,
@@ -83,7 +80,12 @@ def write_layer(layer: LayerCache, rope: Rope | None) -> list[Array]:
         "plan": cache.ranks and [type(cache.ranks).__name__, asdict(cache.ranks)],
         "layer": [layer.number, layer.index],
         "retry_at": state.retry_at,
-        "errors": [factors.error if factors else None for factors in (state.keys, state.values)],
+        "stores": {
+            name: [store.total, store.lost, store.basis.widths, store.basis.bits]
+            for name, store in (("keys", state.keys), ("values", state.values))
+            if store is not None
+        },
+        "basis": cache.basis and cache.basis.uid,
         "rope": _write_rope(rope),
         "runs": [[run.n_rows, _write_rope(run.spec)] for run in rows.rope_runs],
         "rows": [[x.n_rows, x.reserved] for x in (rows.keys, rows.values)],
@@ -96,14 +98,19 @@ def write_layer(layer: LayerCache, rope: Rope | None) -> list[Array]:
     return [cache.backend.from_numpy(text), *arrays.values()]
 
 
+FindBasis = Callable[[Backend, "str | None", tuple[tuple[int, ...], ...], str], ModelBasis]
+"""Finds a calibration by its model's fingerprint, its groups and its name."""
+
+
 def read_layer(
-    state: Sequence[Array], make_backend: Callable[[], Backend]
+    state: Sequence[Array], make_backend: Callable[[], Backend], find_basis: FindBasis
 ) -> tuple[LayerCache, Rope | None]:
     """The layer that :func:`write_layer` wrote, in its group; the first one begins a new cache.
 
     Args:
         state: Arrays of the reader's framework.
         make_backend: Called for a new cache.
+        find_basis: Called for the calibration that it was made with.
 
     Raises:
         InputError: If the state is of another version, or layers are missing or out of order.
@@ -126,7 +133,7 @@ def read_layer(
         )
     group_index, index = about["layer"]
     if group_index == index == 0:
-        _BEGUN[about["cache"]] = cache = _read_cache(about, backend)
+        _BEGUN[about["cache"]] = cache = _read_cache(about, backend, find_basis)
     elif about["cache"] in _BEGUN:
         cache = _BEGUN[about["cache"]]
     else:
@@ -155,7 +162,7 @@ def check_config(mine: XKVConfig, its: XKVConfig) -> None:
         )
 
 
-def _read_cache(about: dict[str, Any], backend: Backend) -> LowRankCache:
+def _read_cache(about: dict[str, Any], backend: Backend, find_basis: FindBasis) -> LowRankCache:
     shape = about["shape"]
     if shape is not None:
         groups = tuple(GroupShape(**group) for group in shape.pop("groups"))
@@ -175,6 +182,8 @@ def _read_cache(about: dict[str, Any], backend: Backend) -> LowRankCache:
     )
     for name in ("fingerprint", "is_streaming", "notice", "unspent"):
         setattr(cache, name, about[name])
+    if about["basis"] is not None:
+        cache.basis = find_basis(backend, about["fingerprint"], cache.indices, about["basis"])
     if about["plan"] is not None:
         kind, fields = about["plan"]
         cache.ranks = _PLANS[kind](**fields)
@@ -182,25 +191,28 @@ def _read_cache(about: dict[str, Any], backend: Backend) -> LowRankCache:
 
 
 def _fill(layer: LayerCache, about: dict[str, Any], arrays: dict[str, Array]) -> None:
-    state = layer.group.state
+    state, cache = layer.group.state, layer.cache
     fields: dict[str, Any] = {name: about[name] for name in _COUNTS}
-    fields |= {name: arrays.get(name) for name in _ENERGIES}
-    for name, (n_rows, reserved), error in zip(
-        ("keys", "values"), about["rows"], about["errors"], strict=True
-    ):
+    for name, (n_rows, reserved) in zip(("keys", "values"), about["rows"], strict=True):
         fields[name] = RowBuffer(arrays.get(name), n_rows, reserved)
-        basis = _matrix(about, arrays, f"{name}.basis")
-        if basis is None:
+        if name not in about["stores"]:
             continue
-        factors = getattr(state, name)
+        total, lost, widths, bits = about["stores"][name]
+        store, basis = getattr(state, name), _matrix(about, arrays, f"{name}.basis")
         if layer.index == 0:
-            latent, recent = (_matrix(about, arrays, f"{name}.{x}") for x in ("latent", "recent"))
+            latent = _matrix(about, arrays, f"{name}.latent")
             if latent is None:
                 raise InputError(f"the prompt cache is incomplete: it has no latent of the {name}")
-            factors = SharedFactors(latent, (), error, recent)
-        elif factors is None or len(factors.bases) != layer.index:
+            mine = Basis((), tuple(widths), tuple(bits))
+            if basis is None:
+                mine = _shared(cache, layer.number, name, latent)
+            store = Store(mine, latent, total, lost)
+        elif store is None or (basis is not None and len(store.basis.layers) != layer.index):
             raise InputError("the prompt cache's layers are out of order or incomplete")
-        state = state._replace(**{name: factors._replace(bases=(*factors.bases, basis))})
+        if basis is not None:
+            layers = (*store.basis.layers, basis)
+            store = store._replace(basis=store.basis._replace(layers=layers))
+        state = state._replace(**{name: store})
     landmarks = None
     if about["landmarks"] is not None:
         bits, group_size, chunk_size = about["landmarks"]
@@ -213,6 +225,13 @@ def _fill(layer: LayerCache, about: dict[str, Any], arrays: dict[str, Array]) ->
     )
     state = state._replace(retry_at=about["retry_at"])
     layer.group.state = state.with_layer(layer.index, rows)
+
+
+def _shared(cache: LowRankCache, number: int, name: str, latent: Packed) -> Basis:
+    """The model's basis of a latent that comes from a file."""
+    assert cache.basis is not None and isinstance(cache.ranks, ModelPlan)
+    found = cache.basis.columns(number, cache.ranks.bits[number], latent.dtype)
+    return found[name == "values"]
 
 
 def _matrix(about: dict[str, Any], arrays: dict[str, Array], name: str) -> Packed | None:

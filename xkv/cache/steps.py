@@ -14,65 +14,83 @@ from xkv.config import Layout, XKVConfig
 from xkv.ops.backend import Backend
 from xkv.ops.selection import chunk_rows, make_landmarks
 from xkv.ops.types import Array
-from xkv.store.factorization import Factorization, factor_rows, pack_together
-from xkv.store.factors import SharedFactors
-from xkv.store.growth import fold_rows, merge_rows
-from xkv.store.weighting import column_weights
+from xkv.store.prompt_basis import Spectrum, measure, packed_bases, plain_basis
+from xkv.store.store import Basis, store_rows
 
 
-def compress(
+def prompt_bases(
     backend: Backend,
     config: XKVConfig,
     state: GroupState,
-    layout: Layout,
+    n_rows: int,
     ranks: Sequence[int],
     budget_bytes: int | None,
     on_factored: Callable[[], None] = lambda: None,
+) -> list[Basis]:
+    """Bases of a prompt's own for keys, and for values where they are factored.
+
+    Args:
+        state: Layers with only dense rows.
+        n_rows: Of them, after the sinks, that are compressed.
+        ranks: Columns of keys, and of values.
+        budget_bytes: What bases and latents may take, in the bits that lose least; None holds them
+            in the KV dtype.
+        on_factored: Called after the keys and after the values.
+    """
+    dtype = state.layers[0].keys.rows.dtype
+    spectra: list[Spectrum] = []
+    for name, rank in zip(("keys", "values"), ranks, strict=False):
+        read = state.reader(backend, name, config.sinks)
+        spectra.append(
+            measure(
+                backend,
+                read,
+                n_rows,
+                rank,
+                dtype,
+                power_iterations=config.power_iterations,
+                seed=config.seed,
+            )
+        )
+        on_factored()
+    if budget_bytes is None:
+        return [plain_basis(backend, spectrum, dtype) for spectrum in spectra]
+    return packed_bases(backend, spectra, n_rows, budget_bytes, dtype)
+
+
+def compress(
+    backend: Backend, config: XKVConfig, state: GroupState, layout: Layout, bases: Sequence[Basis]
 ) -> GroupState:
-    """Factor everything but sinks and window.
+    """Store everything but sinks and window.
 
     Args:
         state: Layers with only dense rows.
         layout: Of these rows.
-        ranks: Columns of keys, and of values where they are factored.
-        budget_bytes: What the factors may take, in the bits that lose least; None holds them in the
-            KV dtype.
-        on_factored: Called after the keys and after the values.
+        bases: Of keys, and of values where they are factored.
     """
-    start = config.sinks
-    end = start + layout.n_rows
-    names = ("keys", "values")[: len(ranks)]
-    landmarks: list[LayerRows] = []
-    outliers: list[Array | None] = []
-    for layer in state.layers:
-        summarized, rows = _summarized(backend, config, layer, start, end, layout)
-        landmarks.append(summarized)
-        outliers.append(rows)
-    factored = []
-    for name, rank in zip(names, ranks, strict=True):
-        factored.append(_factored(backend, config, state, name, start, end, rank))
-        on_factored()
-    if budget_bytes is None:
-        stored = [each.plain() for each in factored]
-    else:
-        stored = pack_together(backend, factored, budget_bytes, config.min_rank)
+    start, n_rows = config.sinks, layout.n_rows
+    summarized = [
+        _summarized(backend, config, layer, start, start + n_rows, layout) for layer in state.layers
+    ]
+    stores: dict[str, Any] = {"keys": None, "values": None}
+    for name, basis in zip(stores, bases, strict=False):
+        read = state.reader(backend, name, start)
+        dtype = state.layers[0].keys.rows.dtype
+        stores[name] = store_rows(backend, basis, read, n_rows, dtype, None)
     layers = []
-    for layer, rows in zip(landmarks, outliers, strict=True):
+    for layer, outliers in summarized:
         buffers = {}
-        for name in names:
+        for name in list(stores)[: len(bases)]:
             buffer, kept = getattr(layer, name), []
-            if rows is not None:
-                kept.append(backend.xp.take_along_axis(buffer.rows, rows[..., None], axis=-2))
-            buffers[name] = buffer.replaced(backend, start, end, kept)
+            if outliers is not None:
+                kept.append(backend.xp.take_along_axis(buffer.rows, outliers[..., None], axis=-2))
+            buffers[name] = buffer.replaced(backend, start, start + n_rows, kept)
             backend.evaluate(buffers[name].allocated)
-        n_outlier_rows = 0 if rows is None else rows.shape[-1]
+        n_outlier_rows = 0 if outliers is None else outliers.shape[-1]
         layers.append(
-            layer._replace(
-                start=start, n_segment=layout.n_rows, n_outlier_rows=n_outlier_rows, **buffers
-            )
+            layer._replace(start=start, n_segment=n_rows, n_outlier_rows=n_outlier_rows, **buffers)
         )
-    values = stored[1] if len(stored) > 1 else None
-    return GroupState(tuple(layers), stored[0], values, state.retry_at)
+    return GroupState(tuple(layers), **stores, retry_at=state.retry_at)
 
 
 def _summarized(
@@ -93,108 +111,46 @@ def _summarized(
     return layer._replace(landmarks=landmarks), rows
 
 
-def _factored(
-    backend: Backend,
-    config: XKVConfig,
-    state: GroupState,
-    name: str,
-    start: int,
-    end: int,
-    rank: int,
-) -> Factorization:
-    """Factor the "keys" or the "values" from ``start`` to ``end``."""
-    plain = [
-        state.view(backend, index).plain_rows(name, start, end)
-        for index in range(len(state.layers))
-    ]
-    weights = None
-    if config.weighting != "off":
-        weights = [
-            column_weights(
-                backend,
-                config.weighting,
-                name,
-                rows,
-                layer.query_energy if name == "keys" else layer.output_energy,
-                layer.rope_runs[0].spec if layer.rope_runs else None,
-            )
-            for rows, layer in zip(plain, state.layers, strict=True)
-        ]
-    return factor_rows(
-        backend,
-        plain,
-        rank,
-        state.layers[0].keys.rows.dtype,
-        weights=weights,
-        is_rotated=config.chooses_bits,
-        power_iterations=config.power_iterations,
-        seed=config.seed,
-    )
-
-
-def fold(
-    backend: Backend, config: XKVConfig, state: GroupState, n_rows: int, limits: Sequence[int]
-) -> GroupState:
-    """Move the first dense rows after the compressed ones into it, as recent rows.
-
-    Args:
-        n_rows: How many.
-        limits: Rows that the bases of keys, and of values, may grow by.
-    """
-    first = state.layers[0]
-    start = first.n_sinks + first.n_outlier_rows
-    end = start + n_rows
-    factored = [name for name in ("keys", "values") if getattr(state, name) is not None]
-    folded: dict[str, Any] = {}
-    for name, limit in zip(factored, limits, strict=True):
-        folded[name] = fold_rows(
-            backend,
-            getattr(state, name),
-            [state.view(backend, i).plain_rows(name, start, end) for i in range(len(state.layers))],
-            first.n_recent,
-            limit,
-            power_iterations=config.power_iterations,
-            seed=config.seed,
-        )
-    layers = []
-    for layer in state.layers:
-        buffers = {name: getattr(layer, name).replaced(backend, start, end) for name in factored}
-        backend.evaluate(*(buffer.allocated for buffer in buffers.values()))
-        layers.append(layer._replace(n_recent=first.n_recent + n_rows, **buffers))
-    return state._replace(layers=tuple(layers), **folded)
-
-
-def merge(backend: Backend, config: XKVConfig, state: GroupState) -> GroupState:
-    """Make recent rows part of the segment, whose landmarks grow with it."""
-    first = state.layers[0]
-    n_segment, n_recent = first.n_segment, first.n_recent
-    n_rows, layers = n_segment + n_recent, list(state.layers)
-    if first.landmarks is not None or config.layout(first.offset).is_selective:
-        n_rows -= n_rows % config.chunk_size
-        layers = [
-            state.view(backend, i).extended_landmarks(
-                n_rows, config.chunk_size, config.landmark_bits
-            )
-            for i in range(len(layers))
-        ]
-    keys, values = (
-        factors and merge_rows(backend, factors, n_segment, n_recent, n_rows - n_segment)
-        for factors in (state.keys, state.values)
-    )
-    n_left = n_segment + n_recent - n_rows
-    layers = [layer._replace(n_segment=n_rows, n_recent=n_left) for layer in layers]
-    return state._replace(layers=tuple(layers), keys=keys, values=values)
-
-
 def released(backend: Backend, state: GroupState) -> GroupState:
     """A copy of what is left of a latent that was trimmed to less than half, which frees it."""
     n_rows = state.layers[0].n_segment
+    short: dict[str, Any] = {
+        name: store._replace(latent=store.latent.rows(0, n_rows).own(backend))
+        for name, store in (("keys", state.keys), ("values", state.values))
+        if store is not None and 2 * n_rows < store.latent.shape[1]
+    }
+    return state._replace(**short) if short else state
 
-    def short(factors: SharedFactors | None) -> SharedFactors | None:
-        if factors is None or 2 * n_rows >= factors.latent.shape[1]:
-            return factors
-        return factors._replace(latent=factors.latent.rows(0, n_rows).own(backend))
 
-    keys, values = short(state.keys), short(state.values)
-    is_same = keys is state.keys and values is state.values
-    return state if is_same else state._replace(keys=keys, values=values)
+def fold(backend: Backend, config: XKVConfig, state: GroupState, n_rows: int) -> GroupState:
+    """Move the first dense rows after the stored ones into the store.
+
+    Args:
+        n_rows: How many; of a group that selects chunks, so that they are whole ones together.
+    """
+    first = state.layers[0]
+    start = first.n_sinks + first.n_outlier_rows
+    stored: dict[str, Any] = {}
+    for name in ("keys", "values"):
+        store = getattr(state, name)
+        if store is not None:
+            in_use = store._replace(latent=store.latent.rows(0, first.n_segment))
+            read = state.reader(backend, name, start)
+            stored[name] = store_rows(
+                backend, store.basis, read, n_rows, store.latent.dtype, in_use
+            )
+    n_segment, layers = first.n_segment + n_rows, list(state.layers)
+    if first.landmarks is not None or config.layout(first.offset).is_selective:
+        layers = [
+            state.view(backend, i).extended_landmarks(
+                n_segment, config.chunk_size, config.landmark_bits
+            )
+            for i in range(len(layers))
+        ]
+    for i, layer in enumerate(layers):
+        buffers = {
+            name: getattr(layer, name).replaced(backend, start, start + n_rows) for name in stored
+        }
+        backend.evaluate(*(buffer.allocated for buffer in buffers.values()))
+        layers[i] = layer._replace(n_segment=n_segment, **buffers)
+    return state._replace(layers=tuple(layers), **stored)

@@ -36,35 +36,32 @@ def _of_group(state: GroupState, has_dense_values: bool) -> Iterator[str]:
         if not layer.is_compressed:
             continue
         for name in ("keys", "values"):
-            factors = getattr(state, name)
-            if factors is None:
+            store = getattr(state, name)
+            if store is None:
                 if name == "keys" or not has_dense_values:
                     yield f"layer {index} is compressed, and the group has no {name}"
                 continue
-            if factors.latent.shape[1] < layer.n_segment:
+            if store.latent.shape[1] < layer.n_segment:
                 yield f"the latent of the {name} has fewer rows than layer {index} uses"
-            if layer.n_recent and (
-                factors.recent is None or factors.recent.shape[1] < layer.n_recent
-            ):
-                yield f"there are fewer recent {name} than layer {index} uses"
-    for factors in state.factors:
-        ranks = {basis.rank for basis in factors.bases}
-        if len(ranks) != 1 or len(factors.bases) != len(state.layers):
+    for store in state.stores:
+        ranks = {basis.rank for basis in store.basis.layers}
+        if ranks != {store.latent.rank} or len(store.basis.layers) != len(state.layers):
             yield f"bases of ranks {ranks} for {len(state.layers)} layers"
-        if factors.recent is not None and factors.recent.rank > min(ranks):
-            yield "recent rows use more columns than the bases have"
+        if (store.latent.widths, store.latent.bits) != (store.basis.widths, store.basis.bits):
+            yield "a latent is not in the columns and bits of its basis"
+        if not 0 <= store.lost <= store.total:
+            yield f"{store.lost} of {store.total} was lost"
 
 
 def _of_layer(layer: LayerRows, has_dense_values: bool) -> Iterator[str]:
-    n_stored = layer.n_segment + layer.n_recent
     n_dense = layer.keys.n_rows - layer.n_outlier_rows
-    if min(layer.n_segment, layer.n_recent, layer.n_outlier_rows, layer.n_tail) < 0:
-        yield f"a number of rows is negative: {layer.n_segment}, {layer.n_recent}, {layer.n_tail}"
+    if min(layer.n_segment, layer.n_outlier_rows, layer.n_tail) < 0:
+        yield f"a number of rows is negative: {layer.n_segment}, {layer.n_tail}"
     n_values = layer.offset if has_dense_values else layer.keys.n_rows
     if layer.values.n_rows != n_values:
         yield f"{layer.values.n_rows} rows of values where {n_values} belong to the keys"
-    if n_stored + n_dense != layer.offset or (not layer.n_segment and n_stored):
-        yield f"{n_stored} stored and {n_dense} dense rows for {layer.offset} tokens"
+    if layer.n_segment + n_dense != layer.offset:
+        yield f"{layer.n_segment} stored and {n_dense} dense rows for {layer.offset} tokens"
     n_rotated = sum(run.n_rows for run in layer.rope_runs)
     if n_rotated != layer.offset:
         yield f"{n_rotated} rows have a rotation, and there are {layer.offset}"

@@ -99,8 +99,8 @@ def _gram(backend: Backend, x: DecodeInputs) -> Array:
     return rows @ xp.matrix_transpose(rows) / rows.shape[1] + eye
 
 
-def _solve_triangular(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
-    return backend.solve_triangular(backend.cholesky(_gram(backend, x)), _gram(backend, x))
+def _triangular_inverse(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
+    return backend.triangular_inverse(backend.cholesky(_gram(backend, x)))
 
 
 def _eigh(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
@@ -138,7 +138,7 @@ OPERATIONS: dict[str, Operation] = {
     "rope inverse": _rope(True),
     "rotate_runs": _rotate_runs,
     "cholesky": lambda backend, x, dtype: backend.cholesky(_gram(backend, x)),
-    "solve_triangular": _solve_triangular,
+    "triangular_inverse": _triangular_inverse,
     "eigh": _eigh,
     "factorize": _factorize,
     **{f"quantize {bits} bits": _quantize(bits) for bits in BITS},

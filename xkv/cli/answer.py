@@ -68,7 +68,8 @@ def report(result: Generation) -> str:
         f"Generation: {len(result.tokens)} tokens, {result.decode_tps:.3f} tokens-per-sec",
     ]
     if result.detail is not None:
-        lines.append(f"Factorization: {result.factorize_seconds:.3f} s ({result.detail})")
+        what = "Compression" if result.basis_bytes else "Factorization"
+        lines.append(f"{what}: {result.factorize_seconds:.3f} s ({result.detail})")
     lines.append(f"Peak memory: {size_text(result.peak_bytes)}")
     ratio = result.dense_bytes / max(result.allocated_bytes, 1)
     dense, allocated, held = map(
@@ -78,6 +79,10 @@ def report(result: Generation) -> str:
         f"KV cache: {dense} dense, {allocated} held ({ratio:.2f} x), "
         f"{held} by the sizes of its arrays"
     )
+    if result.basis_bytes:
+        lines.append(
+            f"Model's basis: {size_text(result.basis_bytes)}, beside the weights, for all prompts"
+        )
     if result.notice:
         lines.append(f"Note: {result.notice}")
     return "\n".join(lines)

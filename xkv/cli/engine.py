@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from xkv.cli.first_use import calibrate_at_first_use
 from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.ops.loading import load_backend_module
+from xkv.planning.calibration import Subject
 from xkv.planning.profile import ModelIdentity
 
 Progress = Callable[[str, int, int], None]
@@ -45,6 +47,7 @@ class Generation:
         allocated_bytes: The same by the framework's own count of live memory.
         notice: A sentence on what was not done as asked, or None.
         detail: Ranks and attention of the compressed cache, for people.
+        basis_bytes: Of the model's own basis, held once for all its conversations.
     """
 
     text: str
@@ -59,6 +62,7 @@ class Generation:
     allocated_bytes: int
     notice: str | None = None
     detail: str | None = None
+    basis_bytes: int = 0
 
 
 class Engine(ABC):
@@ -92,6 +96,15 @@ class Engine(ABC):
             on_text: Called with each new piece of the answer.
             on_progress: Called as prefill and factorization go on.
         """
+
+    @abstractmethod
+    def subject(self, config: XKVConfig) -> Subject:
+        """The model as :mod:`xkv.planning.calibration` uses it."""
+
+    def calibrate_at_first_use(self, config: XKVConfig | None, is_off: bool) -> None:
+        """:func:`xkv.cli.first_use.calibrate_at_first_use`"""
+        if config is not None:
+            calibrate_at_first_use(lambda: self.subject(config), self.tokenizer, config, is_off)
 
     def encode(
         self, prompt: str, *, system_prompt: str | None = None, use_chat_template: bool = True

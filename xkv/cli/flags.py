@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 from xkv.config import DECODE_TOKENS, Rank, XKVConfig
 from xkv.errors import InputError
@@ -44,12 +45,16 @@ def add_compression_flags(parser: argparse.ArgumentParser, has_kernels: bool = T
         f"(default: {XKVConfig.latent_bits})",
     )
     cache.add_argument(
-        "--weighting",
-        choices=["off", "norm", "attention"],
-        default=XKVConfig.weighting,
-        help="what counts in the factorization: all numbers alike, all layers alike, or columns by "
-        f"how much attention depends on them (default: {XKVConfig.weighting})",
+        "--basis",
+        choices=["auto", "calibrated", "prompt"],
+        default=XKVConfig.basis,
+        help="the model's own basis, calibrated once (auto: where there is one), or the paper's "
+        f"form, a joint SVD of each prompt (default: {XKVConfig.basis})",
     )
+    cache.add_argument(
+        "--max-key-rank", type=int, help="columns of keys that a group keeps at most"
+    )
+    add_calibration_flag(cache)
     for name, text in (
         ("sinks", "first tokens that stay dense"),
         ("window", "last tokens that stay dense"),
@@ -76,6 +81,15 @@ def add_compression_flags(parser: argparse.ArgumentParser, has_kernels: bool = T
         cache.add_argument(
             "--kernels", choices=KERNELS, default="auto", help="use device kernels (default: auto)"
         )
+
+
+def add_calibration_flag(parser: Any) -> None:
+    """Add ``--no-calibration``."""
+    parser.add_argument(
+        "--no-calibration",
+        action="store_true",
+        help="do not calibrate a model at its first use, which takes minutes, once",
+    )
 
 
 def add_grouping_flag(parser: argparse._ActionsContainer) -> None:

@@ -33,6 +33,9 @@ def size_text(n_bytes: float) -> str:
     return f"{n_bytes / 1e6:.3f} MB"
 
 
+_UNITS = {"prefill": "token", "factorize": "factor", "calibrate": "text"}
+
+
 class ProgressBars:
     """One bar on stderr for each phase, all closed before the answer begins."""
 
@@ -42,7 +45,7 @@ class ProgressBars:
     def update(self, phase: str, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` units of a phase are done."""
         if phase not in self._bars:
-            unit = "token" if phase == "prefill" else "factor"
+            unit = _UNITS.get(phase, "step")
             self._bars[phase] = tqdm(
                 total=total, desc=phase, unit=unit, file=sys.stderr, leave=False, delay=0.5
             )

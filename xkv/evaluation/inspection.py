@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,11 @@ from xkv.checks.plots import CAPTIONS
 from xkv.cli.terminal import size_text
 from xkv.config import XKVConfig
 from xkv.evaluation.methods.lowrank import compressed_cache
-from xkv.planning.calibration import prompt_tokens
+from xkv.ops.backend import Backend
+from xkv.ops.types import Array
 from xkv.planning.document import Document
 from xkv.planning.language_model import LanguageModel
-from xkv.planning.shares import JointSpectrum
+from xkv.planning.layer_groups import prompt_tokens
 from xkv.planning.similarity import cka
 
 TENSORS = ("keys", "values")
@@ -69,6 +70,47 @@ def inspect(model: LanguageModel, text: str, config: XKVConfig) -> dict[str, Any
     }
 
 
+@dataclass(frozen=True)
+class JointSpectrum:
+    """The keys, or the values, of one group of layers.
+
+    Args:
+        energies: Squared singular values of the layers side by side, falling, float64.
+        width: Columns of all layers side by side.
+    """
+
+    energies: np.ndarray
+    width: int
+
+    @classmethod
+    def of(cls, backend: Backend, layers: Sequence[Array]) -> JointSpectrum:
+        """Measure a group.
+
+        Args:
+            layers: One array per layer, ``[L, width]``, any float dtype.
+        """
+        xp = backend.xp
+        dtype = backend.accumulate_dtype(layers[0])
+        rows = xp.concat([xp.astype(layer, dtype) for layer in layers], axis=-1)
+        n_rows, width = rows.shape
+        across = xp.matrix_transpose(rows)
+        gram = across @ rows if width <= n_rows else rows @ across
+        # only the values: a backend's eigh would compute the vectors too
+        energies = np.linalg.eigvalsh(backend.to_numpy(gram).astype(np.float64))
+        energies = np.clip(energies[::-1], 0, None)
+        return cls(energies, width)
+
+    @property
+    def singular_values(self) -> np.ndarray:
+        """Falling, float64."""
+        return np.sqrt(self.energies)
+
+    def left_out(self) -> np.ndarray:
+        """Relative error of the best factors of each rank from 0 on."""
+        rest = np.append(np.cumsum(self.energies[::-1])[::-1], 0.0)
+        return np.sqrt(rest / rest[0]) if rest[0] else rest
+
+
 def _spectrum(
     document: Document, cache: LowRankCache, number: int, tensor: str, plain: Sequence[Any]
 ) -> dict[str, Any]:
@@ -76,14 +118,14 @@ def _spectrum(
     layers = cache.indices[number]
     joint = JointSpectrum.of(document.backend, [plain[i] for i in layers])
     single = [JointSpectrum.of(document.backend, [plain[i]]) for i in layers]
-    factors = getattr(cache.groups[number], tensor)
+    store = getattr(cache.groups[number], tensor)
     n_rows, energy = plain[0].shape[0], joint.energies.sum()
     left = np.array([x.left_out() ** 2 * x.energies.sum() for x in single]).sum(0)
     return {
         "group": number,
         "layers": list(layers),
         "tensor": tensor,
-        "rank": factors.rank,
+        "rank": store.basis.rank,
         "joint": _short(joint.singular_values),
         "single": [_short(x.singular_values) for x in single],
         "joint_curve": _curve(joint.left_out(), n_rows, joint.width),
@@ -130,8 +172,8 @@ def band_plan(cache: LowRankCache) -> list[dict[str, Any]]:
     bands = []
     for number, group in enumerate(cache.groups):
         for tensor in TENSORS:
-            factors, first = getattr(group, tensor), 0
-            for width, latent_bits, basis_bits in factors.parts():
+            store, first = getattr(group, tensor), 0
+            for width, latent_bits, basis_bits in store.parts():
                 bands.append(
                     {
                         "group": number,

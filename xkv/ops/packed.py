@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -137,13 +137,6 @@ class Packed:
         )
         return Packed(parts, self.axis)
 
-    def leading(self, rank: int) -> Packed:
-        """The first parts only, which together have this rank."""
-        if rank == self.rank:
-            return self
-        ends = list(itertools.accumulate(self.widths))
-        return Packed(self.parts[: ends.index(rank) + 1], self.axis)
-
     def rows(self, start: int, end: int) -> Packed:
         """Tokens ``start`` to ``end`` of a latent."""
         if start == 0 and end == self.shape[1]:
@@ -154,18 +147,22 @@ class Packed:
         """A copy that shares no memory."""
         return self.map(backend.own)
 
-    def followed_by(self, backend: Operations, other: Packed) -> Packed:
-        """A latent's tokens, then those of another with the same bits."""
-        parts = tuple(
-            mine._replace(
+    @classmethod
+    def joined(cls, backend: Operations, latents: Sequence[Packed]) -> Packed:
+        """Latents with the same columns and bits, one after the other."""
+        first, *later = latents
+        if not later:
+            return first
+        parts = [
+            part._replace(
                 arrays=tuple(
-                    backend.xp.concat([x, y], axis=1)
-                    for x, y in zip(mine.arrays, more.arrays, strict=True)
+                    backend.xp.concat(list(arrays), axis=1)
+                    for arrays in zip(*(x.parts[i].arrays for x in latents), strict=True)
                 )
             )
-            for mine, more in zip(self.parts, other.parts, strict=True)
-        )
-        return Packed(parts, self.axis)
+            for i, part in enumerate(first.parts)
+        ]
+        return cls(tuple(parts), first.axis)
 
     def weighted_sum(self, backend: Operations, weights: Array) -> Array:
         """``weights @ latent``: ``[B, M, L]`` -> ``[B, M, r]``."""

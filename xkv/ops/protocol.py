@@ -54,8 +54,8 @@ class Operations(ABC):
         """Lower Cholesky factor of ``[..., k, k]``, or None if one is not positive definite."""
 
     @abstractmethod
-    def solve_triangular(self, lower: Array, right: Array) -> Array:
-        """``lower^-1 @ right`` for a lower triangular ``[..., k, k]``."""
+    def triangular_inverse(self, lower: Array) -> Array:
+        """Of a lower triangular ``[..., k, k]``."""
 
     @abstractmethod
     def eigh(self, x: Array) -> tuple[Array, Array]:

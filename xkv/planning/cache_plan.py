@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from xkv.cache.lowrank_cache import LowRankCache
 from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.ops.backend import Backend
-from xkv.ops.types import Array, Rope
+from xkv.ops.types import Rope
 from xkv.planning.grouping import make_groups
 from xkv.planning.report import LayerKind, LayerReport, Report
+from xkv.store.model_basis import ModelBasis
 from xkv.store.shapes import CacheShape, GroupShape
 
 
@@ -133,21 +134,17 @@ class CachePlan:
         self,
         backend: Backend,
         on_progress: Callable[[int, int], None] | None = None,
-        output_energies: Mapping[int, Array] | None = None,
+        basis: ModelBasis | None = None,
     ) -> LowRankCache:
         """A new compressed cache for the grouped layers.
 
         Args:
             backend: Does the arithmetic.
             on_progress: As for :class:`xkv.cache.lowrank_cache.LowRankCache`.
-            output_energies: :func:`xkv.store.weighting.output_energy` by layer.
+            basis: The model's own.
         """
         shape = self.probe.cache_shape(self.groups)
-        cache = LowRankCache(backend, self.config, self.groups, 0, on_progress, shape)
-        for index, energy in (output_energies or {}).items():
-            layer = cache.layers[index]
-            layer.rows = layer.rows._replace(output_energy=energy)
-        return cache
+        return LowRankCache(backend, self.config, self.groups, 0, on_progress, shape, basis)
 
     def report(self) -> Report:
         """Which layers are compressed, and which are not."""

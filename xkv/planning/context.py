@@ -81,6 +81,11 @@ def _entry(cache: Cache, memory: int, context: int, args: argparse.Namespace) ->
 def _notes(facts: ModelFacts, context: int) -> list[str]:
     """Sentences on what the table cannot show."""
     notes = []
+    if facts.shape is not None and (basis := CompressedCache(facts, 4.0).basis_bytes):
+        notes.append(
+            f"xKV's peaks count the model's own basis, at most {_gb(basis)}, held once for all "
+            "prompts"
+        )
     if facts.why_not_xkv is not None:
         notes.append(f"xKV does not help: {facts.why_not_xkv}")
     elif facts.shape is not None:

@@ -16,7 +16,6 @@ from xkv.errors import InputError
 from xkv.ops.attention import rope_rows
 from xkv.ops.backend import Backend
 from xkv.ops.types import Array, Rope, RopeRun, RopeSpec
-from xkv.store.weighting import head_energy
 
 N_WATCHED = 32
 """Last queries of the document that are kept, for methods that look at what they attend to."""
@@ -69,16 +68,12 @@ class DocumentLayer(PromptLayer):
         super().__init__(backend, 0)
         self.queries: Array | None = None
         """The last N_WATCHED rotated queries, ``[1, n_heads, N, head_dim]``."""
-        self.query_energy: Array | None = None
-        """:func:`xkv.store.weighting.head_energy` of all queries."""
         self.scale = 0.0
 
     def attend(self, queries: Array, scale: float, mask: Array | None) -> Array:
         before = [] if self.queries is None else [self.queries]
         watched = self.backend.xp.concat([*before, queries], axis=-2)[..., -N_WATCHED:, :]
         self.queries, self.scale = self.backend.own(watched), scale
-        energy = head_energy(self.backend, queries, self.keys.shape[1])
-        self.query_energy = energy if self.query_energy is None else self.query_energy + energy
         return self.backend.attention(queries, self.keys, self.values, scale, mask)
 
 
@@ -96,7 +91,6 @@ class Document:
         scale: Factor on the scores.
         dtype: In which attention is computed.
         seed: For methods that draw random numbers.
-        query_energies: One a layer, :func:`xkv.store.weighting.head_energy` of all queries.
         make_cache: Makes an empty low-rank cache with a configuration's fields.
     """
 
@@ -109,7 +103,6 @@ class Document:
     scale: float
     dtype: object
     seed: int
-    query_energies: tuple[Array | None, ...]
     make_cache: Callable[..., LowRankCache]
 
     @property

@@ -7,7 +7,7 @@ the cache and what lives beside them:
 * mlx-lm's caches: the largest layer's rows once more, as they grow by copying; quantized ones also
   the scores of one step, ``n_heads * step * n`` elements, as their attention is not fused;
 * xKV, layer by layer: the hidden states of the whole prompt and one group, which is first dense
-  and then factored in float32 (:meth:`CompressedCache.peak_bytes`). Where a model cannot go layer
+  and then stored chunk by chunk (:meth:`CompressedCache.peak_bytes`). Where a model cannot go layer
   by layer, the prompt streams in: all layers' rows are dense up to the first compression, and later
   steps rebuild one layer's rows.
 
@@ -23,33 +23,31 @@ from dataclasses import dataclass, replace
 from xkv.config import AUTO_BUDGETS, MAX_WINDOW, XKVConfig, buffer_rows
 from xkv.store.ranks import WAIT_SHARE, Plan, plan_ranks
 from xkv.store.shapes import CacheShape, GroupShape
-from xkv.store.svd import iteration_columns, uses_gram
+from xkv.store.store import CHUNK_ROWS
 
 STEP_TOKENS = 2048
 """mlx-lm's default of ``--prefill-step-size``."""
 SEARCH_LIMIT = 1 << 24
 """Longest context looked for where the config names none."""
-ROW_COPIES = 2
-"""float32 copies of one layer's rows while they are turned for the factorization (measured)."""
-EXTRA_PRODUCTS = 2
-"""float32 ``[n, columns]`` arrays of the factorization besides the first (measured)."""
-GRAM_PRODUCTS = 2
-"""float32 ``[n, rank]`` arrays of the factorization by the Gram matrix (measured)."""
+ROW_COPIES = 5
+"""float32 arrays as large as a chunk of a group's rows, while it is projected (measured)."""
+BASIS_COPIES = 4
+"""float32 matrices of the joint width while columns of the model's basis are made (measured)."""
 GRAM_COPIES = 9
-"""float32 matrices of the joint width in it (measured)."""
+"""float32 matrices of the joint width while a prompt's own basis is found (measured)."""
 
 
-def factoring_bytes(n_tokens: int, n_layers: int, width: int, rank: int) -> int:
-    """Workspace of a group whose keys, or values, are factored.
+def storing_bytes(n_tokens: int, group: GroupShape, has_own_basis: bool) -> int:
+    """Workspace while a group's keys, and then its values, go into the store chunk by chunk.
 
-    It is the group's rows in float32, one layer's copies of them, and the products; beside them
-    the Gram matrix, where there is one, with a few of its size.
+    Args:
+        n_tokens: Of the prompt.
+        group: The group.
+        has_own_basis: Whether the prompt's own basis is found first.
     """
-    columns = iteration_columns(rank, width)
-    row = width + ROW_COPIES * width // n_layers
-    if uses_gram(columns, width):
-        return 4 * (n_tokens * (row + GRAM_PRODUCTS * rank) + GRAM_COPIES * width * width)
-    return 4 * n_tokens * (row + (1 + EXTRA_PRODUCTS) * columns)
+    width = max(group.key_width, group.value_width)
+    n_matrices = GRAM_COPIES if has_own_basis else BASIS_COPIES
+    return 4 * width * (ROW_COPIES * min(n_tokens, CHUNK_ROWS) + n_matrices * width)
 
 
 @dataclass(frozen=True)
@@ -202,21 +200,34 @@ class CompressedCache:
     def peak_bytes(self, n_tokens: int, step: int = STEP_TOKENS) -> int:
         """Most bytes in use while a prompt of up to ``n_tokens`` is prefilled, weights included.
 
-        Beside weights, all that is held in the end and one step's activations, the largest of:
+        Beside weights, the model's basis, all that is held in the end and one step's activations,
+        the largest of:
 
         * one group dense with a sixteenth of spare rows, and the hidden states of the prompt before
           the layer, after it, and as chunks: ``3 * n * hidden_size`` elements;
-        * two of these, the group dense, and its keys being factored in float32:
-          :func:`factoring_bytes`;
-        * the same of its values, whose keys are factored by then.
+        * two of these, the group dense, and a chunk of its keys or values on the way into the
+          store: :func:`storing_bytes`.
 
         Prompts too short to compress are dense in all groups, and those short enough for dense
         attention have no landmarks but higher ranks: the peak of the longest of each counts for
         longer ones too, so that it does not fall with ``n_tokens`` but for the rounding of ranks.
         """
         longest_auto = self.config.sinks + MAX_WINDOW + AUTO_BUDGETS * self.config.budget
+        while self.config.attention == "auto" and self.config.layout(longest_auto).is_selective:
+            longest_auto -= 1
         corners = (self.first - 1, longest_auto, n_tokens)
         return max(self._peak_at(n, step) for n in corners if n <= n_tokens)
+
+    @property
+    def basis_bytes(self) -> int:
+        """Most that the model's own basis takes, once for all prompts; 0 for one of each prompt's.
+
+        A plan holds the columns that it stores rows in, and no more.
+        """
+        if not self.config.wants_model_basis:
+            return 0
+        widths = [x for group in self.shape.groups for x in (group.key_width, group.value_width)]
+        return sum(width * width for width in widths) * self.shape.item_bytes
 
     def _peak_at(self, n_tokens: int, step: int) -> int:
         """The peak of prompts of just this length."""
@@ -226,25 +237,22 @@ class CompressedCache:
         natives = sum(cache.at(n_tokens, step) for cache in facts.natives)
         if plan is None:
             return fixed + natives + 3 * hidden + self._dense(self.shape.groups, n_tokens)
-        held = plan.held_bytes(self.shape, self.config, n_tokens)
+        held = plan.held_bytes(self.shape, self.config, n_tokens) + self.basis_bytes
         if facts.why_not_layerwise is not None:
-            return fixed + natives + self._streaming(plan, held, n_tokens, step)
+            return fixed + natives + self._streaming(held, n_tokens, step)
         beside = 0
-        for index, group in enumerate(self.shape.groups):
-            factoring = self._factoring(index, plan, n_tokens)
-            beside = max(
-                beside, 3 * hidden + self._dense([group], n_tokens), 2 * hidden + factoring
-            )
+        for group in self.shape.groups:
+            storing = self._storing(group, n_tokens)
+            beside = max(beside, 3 * hidden + self._dense([group], n_tokens), 2 * hidden + storing)
         return fixed + natives + held + beside
 
-    def _streaming(self, plan: Plan, held: int, n_tokens: int, step: int) -> int:
+    def _streaming(self, held: int, n_tokens: int, step: int) -> int:
         """Rows and workspace of a prompt that streams in, compressed as it comes."""
         first = min(n_tokens, self._first_compressed(step, WAIT_SHARE))
-        ranks = self._plan(first) or plan
         work = 0
-        for index, group in enumerate(self.shape.groups):
+        for group in self.shape.groups:
             freed = self._dense([group], first)
-            work = max(work, self._factoring(index, ranks, first) - freed)
+            work = max(work, self._storing(group, first) - freed)
         tail = min(n_tokens, step + self.config.window_at(n_tokens) + self.config.max_tail)
         # a later step attends to a layer's rows rebuilt: as products, rotated, and joined
         rebuilt = 3 * max(group.row_elements for group in self.shape.groups) * n_tokens
@@ -256,20 +264,11 @@ class CompressedCache:
         elements = sum(group.n_layers * group.row_elements for group in groups)
         return buffer_rows(n_tokens) * elements * self.shape.item_bytes
 
-    def _factoring(self, index: int, plan: Plan, n_tokens: int) -> int:
-        """Bytes of one group's rows and workspace while its keys, then its values, are factored."""
-        group, item = self.shape.groups[index], self.shape.item_bytes
-        rank_k, rank_v = plan.for_group(self.shape, self.config, index, n_tokens)
-        # the dense rows stay until both are factored, so that a failure leaves the cache as it was
+    def _storing(self, group: GroupShape, n_tokens: int) -> int:
+        """Bytes of one group's rows and workspace while its keys, then its values, are stored."""
+        # the dense rows stay until both are stored, so that a failure leaves the cache as it was
         dense = self._dense([group], n_tokens)
-        keys = factoring_bytes(n_tokens, group.n_layers, group.key_width, rank_k)
-        if group.has_dense_values:
-            return dense + keys
-        values = factoring_bytes(n_tokens, group.n_layers, group.value_width, rank_v)
-        if self.config.chooses_bits:
-            # the keys' latent waits for the values' spectrum
-            values += n_tokens * rank_k * item
-        return dense + max(keys, values)
+        return dense + storing_bytes(n_tokens, group, not self.config.wants_model_basis)
 
     def _plan(self, n_tokens: int) -> Plan | None:
         """The ranks of a prompt, None where it stays dense."""

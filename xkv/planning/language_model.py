@@ -15,9 +15,11 @@ from xkv.errors import InputError
 from xkv.ops.backend import Backend
 from xkv.ops.loading import load_backend_module
 from xkv.ops.types import Array, Rope
+from xkv.planning.basis_file import find_basis
 from xkv.planning.document import Document, DocumentLayer
 from xkv.planning.grouping import make_groups
 from xkv.planning.profile import ModelIdentity
+from xkv.store.model_basis import ModelBasis
 
 PREFILL_STEP = 512
 """Tokens of a document that are processed at a time."""
@@ -84,6 +86,7 @@ class LanguageModel(ABC):
         self.name, self.backend, self.tokenizer = name, backend, tokenizer
         self.ropes, self.kv_dtype, self.dtype = tuple(ropes), kv_dtype, dtype
         self._frame = ChatFrame.of(tokenizer)
+        self._bases: dict[Any, ModelBasis] = {}
 
     @abstractmethod
     def forward(
@@ -97,10 +100,6 @@ class LanguageModel(ABC):
                 :class:`xkv.cache.lowrank_cache.LayerCache`, one a model layer.
             last_only: Whether the logits of the last token are enough.
         """
-
-    @abstractmethod
-    def output_energies(self, config: XKVConfig) -> dict[int, Array]:
-        """:func:`xkv.store.weighting.output_energy` by layer, where the configuration needs it."""
 
     @property
     @abstractmethod
@@ -170,19 +169,28 @@ class LanguageModel(ABC):
             layers[0].scale,
             self.dtype,
             seed,
-            tuple(layer.query_energy for layer in layers),
             self.make_cache,
         )
+
+    @abstractmethod
+    def subject(self, config: XKVConfig) -> Any:
+        """The model as :mod:`xkv.planning.calibration` uses it."""
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Of the model's weights."""
 
     def make_cache(self, config: XKVConfig) -> LowRankCache:
         """An empty low-rank cache for the model's layers."""
         groups = make_groups(config, len(self.ropes))
         n_dense = len(self.ropes) - sum(map(len, groups))
-        cache = LowRankCache(self.backend, config, groups, n_dense)
-        for index, energy in self.output_energies(config).items():
-            layer = cache.layers[index]
-            layer.rows = layer.rows._replace(output_energy=energy)
-        return cache
+        if groups not in self._bases and config.wants_model_basis:
+            found = find_basis(self.fingerprint, groups, config, self.backend)
+            if found is not None:
+                self._bases[groups] = found
+        basis = self._bases.get(groups)
+        return LowRankCache(self.backend, config, groups, n_dense, basis=basis)
 
     def generate(
         self, tokens: Sequence[Sequence[int]], layers: Sequence[Any], max_tokens: int

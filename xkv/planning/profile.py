@@ -1,4 +1,4 @@
-"""A model's profile: groups of layers and shares of the budget, measured once, kept in a file."""
+"""A model's profile: its groups of layers, measured once, kept in a file."""
 
 from __future__ import annotations
 
@@ -48,27 +48,23 @@ class Profile:
     Args:
         model: The model that it was measured on.
         groups: As in :class:`xkv.XKVConfig`.
-        group_shares: As there.
         note: How it was measured, for people.
         source: Where it comes from, for people.
 
     Raises:
-        InputError: If the groups name a layer that there is not, or name one twice, or the shares
-            do not fit them.
+        InputError: If the groups name a layer that there is not, or name one twice.
     """
 
     model: ModelIdentity
     groups: tuple[tuple[int, ...], ...]
-    group_shares: tuple[float, ...]
     note: str = ""
     source: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
-        config = XKVConfig(groups=self.groups, group_shares=self.group_shares)
-        make_groups(config, self.model.n_layers)
+        make_groups(XKVConfig(groups=self.groups), self.model.n_layers)
 
     def apply(self, config: XKVConfig, model: ModelIdentity) -> XKVConfig:
-        """A configuration with these groups and shares, for a model.
+        """A configuration with these groups, for a model.
 
         Raises:
             InputError: If this is the profile of another model.
@@ -78,11 +74,10 @@ class Profile:
                 f"{self.source or 'the profile'} is for {self.model}, and this model is {model}: "
                 "make its own with python -m xkv.calibrate, or use --grouping consecutive"
             )
-        return replace(config, groups=self.groups, group_shares=self.group_shares)
+        return replace(config, groups=self.groups)
 
     def __str__(self) -> str:
-        pairs = zip(self.groups, self.group_shares, strict=True)
-        return ", ".join(f"{layers_text(group)} ({share:.0%})" for group, share in pairs)
+        return ", ".join(map(layers_text, self.groups))
 
     def save(self, path: str | Path) -> None:
         """Write the profile.
@@ -105,8 +100,13 @@ def profile_path(model: str) -> Path:
     """Where a model's profile is kept: in its directory, or the user's cache for a repository."""
     if Path(model).is_dir():
         return Path(model) / FILE_NAME
+    return cache_folder() / model.replace("/", "--") / FILE_NAME
+
+
+def cache_folder() -> Path:
+    """The user's, for what is measured of models."""
     caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(caches) / "xkv" / model.replace("/", "--") / FILE_NAME
+    return Path(caches) / "xkv"
 
 
 def find_profile(model: str) -> Profile | None:
@@ -157,8 +157,7 @@ def _parse(about: Any, source: str) -> Profile:
             *(int(about["model"][name]) for name in _NUMBERS),
         )
         groups = tuple(tuple(int(layer) for layer in group) for group in about["groups"])
-        shares = tuple(float(share) for share in about["group_shares"])
-        return Profile(model, groups, shares, str(about.get("note", "")), source)
+        return Profile(model, groups, str(about.get("note", "")), source)
     except KeyError as error:
         raise InputError(f"it has no {error}") from error
     except TypeError as error:

@@ -1,21 +1,20 @@
-"""Which bits each band of a group's factors gets, so that every byte removes the most error."""
+"""Which bits each band of columns gets, so that every byte removes the most error."""
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
 from xkv.config import BAND
-from xkv.ops.backend import Backend
-from xkv.ops.packed import group_size_of
-from xkv.ops.types import Array
-from xkv.store.codec import BASIS_GROUP, BITS, basis_row_bytes, pack_part, row_bytes
+from xkv.store.codec import BITS, ROUNDING, row_bytes
 
-SAMPLE_ROWS = 1024
-"""Tokens, at most, on which the error of each number of bits is measured."""
+N_ROUNDS = 5
+"""Times that directions are arranged for the bands which the round before kept."""
 
 
 class Option(NamedTuple):
@@ -23,96 +22,104 @@ class Option(NamedTuple):
 
     n_bytes: int
     error: float
-    """Energy that is lost, as a share of the tensor's."""
+    """What is lost, in the unit of the energies."""
     latent_bits: int
     basis_bits: int
 
 
-def band_options(
-    backend: Backend, latent: Array, bases: Sequence[Array], energy: float, n_needed: int
-) -> list[list[Option]]:
-    """Measure what each band costs, and loses, in every number of bits.
+class Columns(NamedTuple):
+    """The keys, or the values, of one group, for a plan."""
+
+    energies: np.ndarray
+    """Of the rows along each direction, falling, in a unit that all tensors of a plan share."""
+    n_rows: int
+    """Of the latent, of all sequences."""
+    item_bytes: int
+    """Of a number in the KV dtype."""
+    basis_bytes: Mapping[int, int] = MappingProxyType({16: 0})
+    """Of a band of a prompt's own basis, by its bits; the model's costs a prompt nothing."""
+    max_bands: int | None = None
+
+
+def arrange(n_columns: int, n_bands: int) -> list[int]:
+    """The order of directions by falling energy when ``n_bands`` bands of them are stored.
+
+    The first direction of a band becomes the mean of its rotated columns, which a row's bias holds
+    in 16 bits for nothing: so the strongest of all come first in a band each.
+    """
+    first, rest = range(min(n_bands, n_columns)), range(min(n_bands, n_columns), n_columns)
+    order: list[int] = []
+    for i in first:
+        order += [i, *rest[(BAND - 1) * i : (BAND - 1) * (i + 1)]]
+    return [*order, *rest[(BAND - 1) * n_bands :]]
+
+
+def plan_bits(tensors: Sequence[Columns], budget_bytes: float) -> list[list[Option]] | None:
+    """The options of each tensor's bands, :func:`arrange`-d in as many as there are options.
 
     Args:
-        latent: ``[B, L, r]`` in the KV dtype, r a multiple of ``BAND``.
-        bases: One a layer, ``[B, r, n_kv_heads, dim]``.
-        energy: What errors are shares of.
-        n_needed: This many bands, the first ones, cannot be left out.
+        tensors: Those that share the budget.
+        budget_bytes: Of latents and bases.
 
     Returns:
-        The options of each band, in no order.
+        None if the budget does not hold a band of each tensor.
     """
-    xp = backend.xp
-    batch, n_rows, _ = latent.shape
-    step = -(-n_rows // SAMPLE_ROWS)
-    sample = latent[:, ::step]
-    scale = n_rows / sample.shape[1]
-    wide = xp.astype(sample, backend.accumulate_dtype(latent))
-    column_energy = xp.sum(wide * wide, axis=(0, 1)) * scale
+    counts, best, least = [0] * len(tensors), None, np.inf
+    for spare in (*[1] * N_ROUNDS, 0):
+        tables, lost = [], 0.0
+        for tensor, n_bands in zip(tensors, counts, strict=True):
+            table, left_out = _options(tensor, n_bands, n_bands + spare)
+            tables.append(table)
+            lost += left_out
+        together = [options for table in tables for options in table]
+        if sum(min(option.n_bytes for option in options) for options in together) > budget_bytes:
+            break
+        chosen = choose(together, int(budget_bytes))
+        lost += sum(option.error for option in chosen)
+        options = iter(chosen)
+        found = [list(itertools.islice(options, len(table))) for table in tables]
+        kept = [max(i + 1 for i, x in enumerate(each) if x.latent_bits) for each in found]
+        is_arranged = all(0 < k <= n for k, n in zip(kept, counts, strict=True))
+        if is_arranged and lost < least:
+            least, best = lost, [each[:n] for each, n in zip(found, counts, strict=True)]
+        if kept == counts:
+            break
+        counts = kept
+    return best
 
-    def in_latent(squares: Array) -> Array:
-        return xp.sum(squares, axis=(0, 1)) * scale
 
-    def in_basis(squares: Array) -> Array:
-        # the latent's columns are nearly orthogonal, so that errors of basis rows add up
-        return xp.sum(squares, axis=(0, 2, 3)) / batch * column_energy
+def _options(tensor: Columns, n_bands: int, n_shown: int) -> tuple[list[list[Option]], float]:
+    """What each band costs, and loses, in every number of bits.
 
-    can_pack_basis = all(group_size_of(basis.shape[-1]) for basis in bases)
-    basis_bits = BITS if can_pack_basis else (16,)
-    whole = _by_band(backend, column_energy)
-    exact = [0.0] * len(whole)
-    latent_errors = [*_errors(backend, [sample], BITS[:-1], BAND, in_latent), exact]
-    basis_errors = [*_errors(backend, bases, basis_bits[:-1], BASIS_GROUP, in_basis), exact]
-    item = latent.itemsize
-    rows = [(basis.shape[2], basis.shape[3]) for basis in bases]
-    latent_bytes = [batch * n_rows * row_bytes(BAND, bits, item) for bits in BITS]
-    basis_bytes = [
-        batch * BAND * sum(n * basis_row_bytes(dim, bits, item) for n, dim in rows)
-        for bits in basis_bits
-    ]
-    return [
-        ([] if band < n_needed else [Option(0, whole[band] / energy, 0, 0)])
+    What rounding loses is a share of the energy that depends on the bits alone, as a rotated band's
+    numbers are nearly normal; but its mean is exact.
+
+    Args:
+        n_bands: The directions are arranged for so many; 0 leaves them as they are.
+        n_shown: Of the first bands; all, where they are not arranged.
+
+    Returns:
+        Options by band, and what bands that are not shown lose.
+    """
+    order = arrange(len(tensor.energies), n_bands)
+    by_band = np.pad(tensor.energies[order], (0, -len(order) % BAND)).reshape(-1, BAND)
+    limit = min(n_shown if n_bands else len(by_band), tensor.max_bands or len(by_band))
+    whole, spread = by_band.sum(1).tolist(), by_band[:, 1:].sum(1).tolist()
+    options = [
+        ([Option(0, whole[band], 0, 0)] if band else [])
         + [
             Option(
-                latent_bytes[i] + basis_bytes[j],
-                (latent_errors[i][band] + basis_errors[j][band]) / energy,
-                latent_bits,
+                tensor.n_rows * row_bytes(BAND, bits, tensor.item_bytes) + n_basis,
+                ROUNDING[bits] * spread[band] + ROUNDING[basis_bits] * whole[band],
                 bits,
+                basis_bits,
             )
-            for i, latent_bits in enumerate(BITS)
-            for j, bits in enumerate(basis_bits)
+            for bits in BITS
+            for basis_bits, n_basis in tensor.basis_bytes.items()
         ]
-        for band in range(len(whole))
+        for band in range(min(limit, len(by_band)))
     ]
-
-
-def _errors(
-    backend: Backend,
-    matrices: Sequence[Array],
-    all_bits: Sequence[int],
-    largest_group: int,
-    summed: Callable[[Array], Array],
-) -> list[list[float]]:
-    """Squared errors of each number of bits below 16, summed by band."""
-    xp, found = backend.xp, []
-    for bits in all_bits:
-        total = 0.0
-        for matrix in matrices:
-            wide = backend.accumulate_dtype(matrix)
-            packed = pack_part(backend, matrix, bits, largest_group).unpack(backend)
-            total = total + summed((xp.astype(packed, wide) - xp.astype(matrix, wide)) ** 2)
-            backend.evaluate(total)
-        found.append(_by_band(backend, total))
-    return found
-
-
-def _by_band(backend: Backend, columns: Array) -> list[float]:
-    return backend.to_numpy(columns).astype(np.float64).reshape(-1, BAND).sum(-1).tolist()
-
-
-def smallest_bytes(bands: Sequence[Sequence[Option]]) -> int:
-    """Bytes of the cheapest plan."""
-    return sum(min(option.n_bytes for option in options) for options in bands)
+    return options, sum(whole[len(options) :])
 
 
 def choose(bands: Sequence[Sequence[Option]], budget_bytes: int) -> list[Option]:
@@ -123,7 +130,7 @@ def choose(bands: Sequence[Sequence[Option]], budget_bytes: int) -> list[Option]
 
     Args:
         bands: Options of all bands that share the budget.
-        budget_bytes: At least :func:`smallest_bytes`.
+        budget_bytes: At least that of each band's cheapest option.
     """
     hulls = [_hull(options) for options in bands]
     chosen = [0] * len(hulls)

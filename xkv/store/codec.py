@@ -25,6 +25,9 @@ For a normal distribution in groups of 64, mean squared errors fall from MLX's 0
 0.0083 of the variance to 0.113, 0.0308 and 0.0077. The fractions are exact in bfloat16.
 """
 
+ROUNDING = {2: 0.1131, 3: 0.0308, 4: 0.00767, 5: 0.00192, 6: 0.000466, 8: 2.85e-5, 16: 0.0}
+"""Share of normal numbers' energy that is lost in groups of 64."""
+
 
 def row_bytes(width: int, bits: int, item_bytes: int, largest_group: int = BAND) -> int:
     """Bytes of ``width`` numbers that are quantized together."""
@@ -58,22 +61,24 @@ def pack_part(backend: Backend, x: Array, bits: int, largest_group: int = BAND) 
 def _clipped_range(
     backend: Backend, x: Array, group_size: int, share: float
 ) -> tuple[Array, Array]:
-    """``[..., groups, 1]``: each group's range, drawn in towards its number nearest to zero."""
+    """``[..., groups, 1]``: each group's range, drawn in towards its mean."""
     xp = backend.xp
     groups = xp.reshape(x, (*x.shape[:-1], -1, group_size))
     low = xp.min(groups, axis=-1, keepdims=True)
     high = xp.max(groups, axis=-1, keepdims=True)
-    center = xp.minimum(xp.clip(low, 0, None), high)
+    wide = xp.astype(groups, backend.accumulate_dtype(x))
+    center = xp.astype(xp.mean(wide, axis=-1, keepdims=True), x.dtype)
     return center + share * (low - center), center + share * (high - center)
 
 
 def pack_latent(backend: Backend, x: Array, widths: Sequence[int], bits: Sequence[int]) -> Packed:
     """A latent ``[B, L, r]`` in parts of some columns each."""
-    ends = np.cumsum(widths).tolist()
-    parts = [
-        pack_part(backend, x[..., end - width : end], n_bits)
-        for end, width, n_bits in zip(ends, widths, bits, strict=True)
-    ]
+    ends, parts = np.cumsum(widths).tolist(), []
+    for end, width, n_bits in zip(ends, widths, bits, strict=True):
+        columns = x[..., end - width : end]
+        # a part of an array would keep all of it
+        is_part = n_bits == 16 and width < x.shape[-1]
+        parts.append(pack_part(backend, backend.own(columns) if is_part else columns, n_bits))
     return Packed(tuple(parts), 2)
 
 

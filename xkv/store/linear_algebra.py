@@ -1,4 +1,4 @@
-"""Small matrices and sums of squares, for factoring and for folding."""
+"""Small matrices and sums of squares, for factoring and for later rows."""
 
 from __future__ import annotations
 
@@ -8,16 +8,25 @@ from xkv.ops.backend import Backend
 from xkv.ops.types import Array
 
 
-def inverse(backend: Backend, gram: Array) -> Array:
-    """Of a positive semidefinite matrix; where it is singular, of one a little larger."""
+def triangular_root(backend: Backend, gram: Array) -> Array:
+    """``R`` with ``R^T R`` the inverse of a positive semidefinite ``[..., k, k]``.
+
+    Where it is singular, of one a little larger.
+    """
     xp = backend.xp
     eye = xp.eye(gram.shape[-1], dtype=gram.dtype, **backend.placement)
-    mean_diagonal = float(xp.sum(gram * eye)) / (gram.shape[0] * gram.shape[-1])
-    shift = 4 * float(xp.finfo(gram.dtype).eps) * mean_diagonal
+    mean_diagonal = xp.sum(gram * eye, axis=(-2, -1), keepdims=True) / gram.shape[-1]
+    # the smallest normal number keeps an all-zero matrix from stopping the factorization
+    shift = mean_diagonal * (4 * xp.finfo(gram.dtype).eps) + 1e-30
     while (factor := backend.cholesky(gram + shift * eye)) is None:
-        shift *= 10
-    root = backend.solve_triangular(factor, eye)
-    return xp.matrix_transpose(root) @ root
+        shift = shift * 10
+    return backend.triangular_inverse(factor)
+
+
+def inverse(backend: Backend, gram: Array) -> Array:
+    """Of a positive semidefinite matrix; where it is singular, of one a little larger."""
+    root = triangular_root(backend, gram)
+    return backend.xp.matrix_transpose(root) @ root
 
 
 def energy(backend: Backend, x: Array) -> float:

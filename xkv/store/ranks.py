@@ -8,6 +8,7 @@ from xkv.config import BAND, Rank, XKVConfig
 from xkv.errors import InputError
 from xkv.ops.packed import group_size_of
 from xkv.store.codec import BITS, basis_row_bytes, row_bytes
+from xkv.store.model_basis import BandBits, ModelBasis
 from xkv.store.shapes import CacheShape
 
 WAIT_SHARE = 0.5
@@ -84,15 +85,15 @@ class BitPlan:
         bits = 8 * row_bytes(BAND, PLANNED_BITS, shape.item_bytes) / BAND
 
         def columns(width: int) -> int:
-            fitting = max(int(8 * share / bits / (n_rows + width)), config.min_rank)
-            return min((-(-fitting // BAND) + 1) * BAND, config.max_rank or width, width, n_rows)
+            fitting = int(8 * share / bits / (n_rows + width))
+            return min((-(-fitting // BAND) + 1) * BAND, width)
 
-        return columns(widths[0]), columns(widths[1])
+        keys, values = map(columns, widths)
+        limit = config.max_key_rank
+        return keys if limit is None else min(keys, max(limit // BAND, 1) * BAND), values
 
     def factor_bytes(self, shape: CacheShape, config: XKVConfig, index: int, n_rows: int) -> int:
         """Bytes of the latents and bases of group number ``index``."""
-        if config.group_shares is not None:
-            return int(self.budget_bytes * config.group_shares[index])
         sizes = [group.key_width + group.value_width for group in shape.groups]
         return self.budget_bytes * sizes[index] // sum(sizes)
 
@@ -101,7 +102,30 @@ class BitPlan:
         return shape.unfactored_bytes(config, n_tokens) + self.budget_bytes
 
 
-Plan = RankPlan | BitPlan
+@dataclass(frozen=True)
+class ModelPlan:
+    """Bits of the columns of the model's own basis, settled before the prompt.
+
+    Args:
+        bits: Of each group's keys, and values, band by band.
+        row_bytes: Of one token's latents in all groups.
+    """
+
+    bits: tuple[tuple[BandBits, ...], ...]
+    row_bytes: int
+
+    def __post_init__(self) -> None:
+        # lists, where it comes from a file
+        bits = tuple(tuple(map(tuple, group)) for group in self.bits)
+        object.__setattr__(self, "bits", bits)
+
+    def held_bytes(self, shape: CacheShape, config: XKVConfig, n_tokens: int) -> int:
+        """Bytes held after a prompt of ``n_tokens`` and one more token: latents and dense rows."""
+        n_rows = config.layout(n_tokens).n_rows
+        return shape.unfactored_bytes(config, n_tokens) + n_rows * self.row_bytes
+
+
+Plan = RankPlan | BitPlan | ModelPlan
 
 
 def check_ranks(shape: CacheShape, config: XKVConfig) -> None:
@@ -127,9 +151,13 @@ LONG_PROMPT = 1 << 24
 
 
 def plan_ranks(
-    shape: CacheShape, config: XKVConfig, n_tokens: int, min_share: float = 0.0
+    shape: CacheShape,
+    config: XKVConfig,
+    n_tokens: int,
+    min_share: float = 0.0,
+    basis: ModelBasis | None = None,
 ) -> Plan | str:
-    """Choose the size of a prompt's factors.
+    """Choose the size of a prompt's latents and, without a basis of the model's own, its bases.
 
     Args:
         shape: The model's cache.
@@ -139,6 +167,7 @@ def plan_ranks(
         n_tokens: Tokens in the cache.
         min_share: Factors that ``compression`` makes smaller, for each token, than this share of
             those of a very long prompt count as too small.
+        basis: The model's own.
 
     Returns:
         The plan, or one sentence that says why the prompt stays dense.
@@ -160,12 +189,35 @@ def plan_ranks(
                 "would take more memory than the full cache"
             )
         return plan
+    if basis is not None:
+        return _plan_columns(shape, config, n_tokens, min_share, basis)
     if config.chooses_bits:
         return _plan_bits(shape, config, n_tokens, min_share)
     rank_k = _largest_rank(shape, config, n_tokens)
     if min_share and rank_k < min_share * _largest_rank(shape, config, LONG_PROMPT):
         rank_k = 0
     return _ranks(config, rank_k) if rank_k else _too_short(shape, config, n_tokens)
+
+
+def _plan_columns(
+    shape: CacheShape, config: XKVConfig, n_tokens: int, min_share: float, basis: ModelBasis
+) -> ModelPlan | str:
+    assert config.compression is not None
+    n_rows = config.layout(n_tokens).n_rows
+    left = shape.dense_bytes(n_tokens) / config.compression
+    allowed = (left - shape.unfactored_bytes(config, n_tokens)) / n_rows
+    bits = None
+    if allowed >= min_share * left / n_tokens:
+        bits = basis.plan(allowed, shape.item_bytes, config.max_key_rank)
+    if bits is None:
+        return (
+            f"kept dense: {n_tokens} tokens are too few for a compression of "
+            f"{config.compression:g} with {config.sinks + config.window_at(n_tokens)} tokens dense"
+        )
+    spent = sum(
+        row_bytes(BAND, band, shape.item_bytes) for group in bits for part in group for band in part
+    )
+    return ModelPlan(bits, spent)
 
 
 def _plan_bits(
@@ -186,12 +238,12 @@ def _plan_bits(
 
 
 def _least_factor_bytes(shape: CacheShape, config: XKVConfig, index: int, n_rows: int) -> int:
-    """Bytes of a group's factors with ``min_rank`` columns in the fewest bits."""
+    """Bytes of a group's factors with one band of columns each in the fewest bits."""
     group, total = shape.groups[index], 0
     for width, dim in ((group.key_width, group.key_dim), (group.value_width, group.value_dim)):
         if width:
             bits = BITS[0] if group_size_of(dim) else 16
-            columns = -(-min(config.min_rank, width, n_rows) // BAND) * BAND
+            columns = -(-min(BAND, width) // BAND) * BAND
             basis = width // dim * basis_row_bytes(dim, bits, shape.item_bytes)
             total += columns * basis
             total += columns // BAND * n_rows * row_bytes(BAND, BITS[0], shape.item_bytes)

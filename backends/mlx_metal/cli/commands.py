@@ -16,13 +16,14 @@ import mlx.core as mx
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.cli.engine import load_errors
 from xkv.backends.mlx_metal.model import seam
+from xkv.backends.mlx_metal.model.calibration import calibrate_enabled
 from xkv.backends.mlx_metal.model.enable import disable, enable, identity_of
 from xkv.backends.mlx_metal.model.enabled import enabled_state, lowrank_cache
 from xkv.backends.mlx_metal.model.files import load_prompt_cache, save_prompt_cache
 from xkv.cli.flags import add_compression_flags, check_flags, has_compression_flags
 from xkv.config import XKVConfig
 from xkv.errors import InputError
-from xkv.planning.calibration import choose_profile
+from xkv.planning.layer_groups import choose_profile
 from xkv.planning.profile import Profile
 
 
@@ -136,9 +137,11 @@ class Command:
             grouping, given.get("group_size"), path, "mlx", trust_remote_code=trust
         )
 
-    def take_model(self, model: Any, config: XKVConfig) -> None:
-        """Enable a model that was loaded."""
+    def take_model(self, model: Any, tokenizer: Any, config: XKVConfig) -> None:
+        """Enable a model that was loaded; calibrated, if it is met for the first time."""
         report = enable(model, config, backend=MLXBackend(self.args.kernels))
+        if mx.distributed.init().size() == 1:
+            calibrate_enabled(model, tokenizer, config, self.args.no_calibration)
         if mx.distributed.init().rank() == 0:
             print(report, file=sys.stderr)
         self.models.append(model)
@@ -154,7 +157,7 @@ class Command:
             if config is not None and profile is not None:
                 config = profile.apply(config, identity_of(model, config))
             if config is not None and enabled_state(model) is None:
-                self.take_model(model, config)
+                self.take_model(model, loaded[1], config)
             return loaded
 
         return load_and_enable

@@ -15,6 +15,7 @@ from mlx_lm.models import cache as mlx_cache
 from mlx_lm.sample_utils import make_sampler
 
 from xkv.backends.mlx_metal.backend import MLXBackend
+from xkv.backends.mlx_metal.model.calibration import MLXSubject
 from xkv.backends.mlx_metal.model.enable import disable, enable, identity_of
 from xkv.backends.mlx_metal.model.enabled import enabled_state, lowrank_cache
 from xkv.backends.mlx_metal.model.memory import dense_bytes
@@ -37,6 +38,13 @@ class MLXEngine(Engine):
     @property
     def identity(self) -> ModelIdentity:
         return identity_of(self.model, XKVConfig())
+
+    def subject(self, config: XKVConfig) -> MLXSubject:
+        if enabled_state(self.model) is None:
+            enable(self.model, config, backend=self.backend)
+        enabled = enabled_state(self.model)
+        assert enabled is not None
+        return MLXSubject(self.model, enabled)
 
     def generate(
         self,
@@ -75,7 +83,7 @@ class MLXEngine(Engine):
     ) -> Generation:
         """:meth:`generate` with the options of ``mlx_lm.stream_generate`` instead of ours."""
         # groups that the configuration names are the model's
-        draft = config and replace(config, groups=None, group_shares=None)
+        draft = config and replace(config, groups=None)
         with self._enabled(self.model, config, on_progress), self._enabled(draft_model, draft):
             # mlx-lm has no cache of a largest size for a draft model's drafts
             size = options.get("max_kv_size") if draft_model is None else None
@@ -113,7 +121,10 @@ class MLXEngine(Engine):
         on_progress: Progress,
         **options: Any,
     ) -> Generation:
+        compressed = lowrank_cache(cache)
+        basis = compressed.basis if compressed else None
         before = self.backend.active_memory() - sum(layer.nbytes for layer in cache)
+        before -= basis.nbytes if basis else 0
         self.backend.reset_peak_memory()
         text, tokens, finish = [], [], None
         for response in mlx_lm.stream_generate(
@@ -133,7 +144,7 @@ class MLXEngine(Engine):
         del response
         if finish == "stop":
             tokens.pop()
-        compressed = lowrank_cache(cache)
+        basis_bytes = basis.nbytes if basis else 0
         factorize_seconds = compressed.factorize_seconds if compressed else 0.0
         return Generation(
             text="".join(text),
@@ -145,7 +156,8 @@ class MLXEngine(Engine):
             peak_bytes=self.backend.peak_memory(),
             dense_bytes=sum(dense_bytes(layer) for layer in flatten(cache)),
             held_bytes=sum(layer.nbytes for layer in cache),
-            allocated_bytes=self.backend.active_memory() - before,
+            allocated_bytes=self.backend.active_memory() - before - basis_bytes,
+            basis_bytes=basis_bytes,
             notice=compressed.notice if compressed else None,
             detail=describe(compressed) if compressed else None,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +12,8 @@ import mlx.core as mx
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.cli.commands import Command, run
 from xkv.backends.mlx_metal.cli.engine import MLXEngine
+from xkv.backends.mlx_metal.model.calibration import calibrate_enabled
+from xkv.backends.mlx_metal.model.enable import disable, enable
 from xkv.cli.answer import built_in_prompt, show_answers
 from xkv.cli.flags import add_generate_flags
 from xkv.config import XKVConfig
@@ -41,10 +44,18 @@ class Generate(Command):
         # the model itself comes first; a draft model's groups are consecutive
         return None if self.models else super().find_profile(path)
 
-    def take_model(self, model: Any, config: XKVConfig) -> None:
+    def take_model(self, model: Any, tokenizer: Any, config: XKVConfig) -> None:
         """Keep the model's configuration: the engine enables it, once for each answer."""
+        if self.models:
+            # groups that the configuration names are the model's, not the draft model's
+            config = replace(config, groups=None)
+        else:
+            self.config = config
+        if mx.distributed.init().size() == 1:
+            enable(model, config, backend=MLXBackend(self.args.kernels))
+            calibrate_enabled(model, tokenizer, config, self.args.no_calibration)
+            disable(model)
         self.models.append(model)
-        self.config = config
 
     def replacements(self, module: Any) -> dict[str, Any]:
         return {**super().replacements(module), "generate": self.generate}

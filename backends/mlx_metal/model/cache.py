@@ -15,6 +15,7 @@ from xkv.backends.mlx_metal.model.seam import AttendingCache
 from xkv.cache import state as cache_state
 from xkv.cache.lowrank_cache import LayerCache
 from xkv.ops.types import Rope
+from xkv.planning.basis_file import basis_of_cache
 
 
 class XKVCache(mlx_cache._BaseCache, AttendingCache):
@@ -53,9 +54,6 @@ class XKVCache(mlx_cache._BaseCache, AttendingCache):
         mine = keys is self._returned[0]() and values is self._returned[1]()
         self._returned = None
         return mine
-
-    def watch(self, queries: mx.array) -> None:
-        self.layer.watch(queries)
 
     def attend(self, queries: mx.array, scale: float, mask: mx.array | str | None) -> mx.array:
         """Attention from the compressed form: :meth:`xkv.cache.layer.LayerView.attend`."""
@@ -102,7 +100,7 @@ class XKVCache(mlx_cache._BaseCache, AttendingCache):
 
     @state.setter
     def state(self, value: list[mx.array]) -> None:
-        self.__init__(*cache_state.read_layer(value, MLXBackend))  # type: ignore[misc]
+        self.__init__(*cache_state.read_layer(value, MLXBackend, basis_of_cache))  # type: ignore[misc]
 
     @property
     def meta_state(self) -> str:

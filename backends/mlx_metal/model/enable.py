@@ -16,9 +16,10 @@ from xkv.backends.mlx_metal.model.enabled import (
     planned_caches,
 )
 from xkv.backends.mlx_metal.model.generation import patch_for
-from xkv.backends.mlx_metal.model.identity import model_name
+from xkv.backends.mlx_metal.model.identity import model_fingerprint, model_name
 from xkv.config import XKVConfig
 from xkv.errors import InputError
+from xkv.planning.basis_file import find_basis
 from xkv.planning.profile import ModelIdentity
 from xkv.planning.report import Report
 
@@ -74,8 +75,9 @@ def make_prompt_cache(
     Raises:
         InputError: If no layer can be compressed, or a rotary embedding is not known, by name.
     """
-    plan = plan_cache(model, config or XKVConfig())
-    return planned_caches(model, plan, backend or MLXBackend(), on_progress)
+    plan, backend = plan_cache(model, config or XKVConfig()), backend or MLXBackend()
+    basis = find_basis(model_fingerprint(model), plan.groups, plan.config, backend)
+    return planned_caches(model, plan, plan.lowrank_cache(backend, on_progress, basis))
 
 
 def identity_of(model: nn.Module, config: XKVConfig) -> ModelIdentity:

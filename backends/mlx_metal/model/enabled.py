@@ -23,11 +23,11 @@ from xkv.backends.mlx_metal.model.prefill import (
     mapped,
 )
 from xkv.backends.mlx_metal.model.probe import probe_model
-from xkv.backends.mlx_metal.model.projection import output_energies
 from xkv.cache.lowrank_cache import LowRankCache
 from xkv.cache.state import check_config
 from xkv.config import DECODE_TOKENS, XKVConfig
 from xkv.errors import InputError
+from xkv.planning.basis_file import find_basis
 from xkv.planning.cache_plan import CachePlan
 
 _ATTRIBUTE = "_xkv"
@@ -57,6 +57,7 @@ class Enabled:
             probe = probe_model(model, self.layers)
             self.plan = CachePlan.of_probe(model_name(model), config, probe)
             self.fingerprint = model_fingerprint(model)
+            self.basis = find_basis(self.fingerprint, self.plan.groups, config, backend)
         except BaseException:
             self.layers.remove()
             raise
@@ -79,9 +80,8 @@ class Enabled:
 
     def make_cache(self) -> list[Any]:
         """What mlx-lm calls to make a prompt cache."""
-        caches = planned_caches(self.model, self.plan, self.backend, self.on_factor)
-        cache = lowrank_cache(caches)
-        assert cache is not None
+        cache = self.plan.lowrank_cache(self.backend, self.on_factor, self.basis)
+        caches = planned_caches(self.model, self.plan, cache)
         cache.fingerprint = self.fingerprint
         cache.is_streaming = self.plan.probe.why_not_layerwise is not None
         return caches
@@ -153,15 +153,8 @@ def plan_cache(model: nn.Module, config: XKVConfig) -> CachePlan:
         layers.remove()
 
 
-def planned_caches(
-    model: nn.Module,
-    plan: CachePlan,
-    backend: MLXBackend,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> list[Any]:
-    """A new prompt cache for a model."""
-    energies = output_energies(backend, model, plan)
-    cache = plan.lowrank_cache(backend, on_progress, energies)
+def planned_caches(model: nn.Module, plan: CachePlan, cache: LowRankCache) -> list[Any]:
+    """A new prompt cache for a model, whose compressed layers are those of ``cache``."""
     ropes = [probe.rope for probe in plan.probe.caches]
     numbers = iter(range(len(ropes)))
 

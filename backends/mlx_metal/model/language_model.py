@@ -11,9 +11,10 @@ import mlx.core as mx
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.cli.engine import load_engine
 from xkv.backends.mlx_metal.model.cache import XKVCache
-from xkv.backends.mlx_metal.model.enabled import plan_cache
-from xkv.backends.mlx_metal.model.identity import model_name
-from xkv.backends.mlx_metal.model.projection import output_energies
+from xkv.backends.mlx_metal.model.calibration import MLXSubject
+from xkv.backends.mlx_metal.model.enable import enable
+from xkv.backends.mlx_metal.model.enabled import enabled_state, plan_cache
+from xkv.backends.mlx_metal.model.identity import model_fingerprint, model_name
 from xkv.backends.mlx_metal.model.seam import attention_seam
 from xkv.config import XKVConfig
 from xkv.errors import InputError
@@ -68,8 +69,16 @@ class MLXLanguageModel(LanguageModel):
         logits = _forward(self.model, tokens, layers, self.ropes)
         return logits[:, -1:] if last_only else logits
 
-    def output_energies(self, config: XKVConfig) -> dict[int, mx.array]:
-        return output_energies(self.backend, self.model, plan_cache(self.model, config))
+    def subject(self, config: XKVConfig) -> MLXSubject:
+        if enabled_state(self.model) is None:
+            enable(self.model, config, backend=self.backend)
+        enabled = enabled_state(self.model)
+        assert enabled is not None
+        return MLXSubject(self.model, enabled)
+
+    @property
+    def fingerprint(self) -> str:
+        return model_fingerprint(self.model)
 
     @property
     def end_tokens(self) -> frozenset[int]:

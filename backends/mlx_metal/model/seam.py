@@ -26,9 +26,6 @@ class AttendingCache:
         """Whether attention over exactly these arrays is this cache's to compute."""
         raise NotImplementedError
 
-    def watch(self, queries: mx.array) -> None:
-        """Take note of queries that attend to what it returned, computed by the model."""
-
     def attend(self, queries: mx.array, scale: float, mask: mx.array | str | None) -> mx.array:
         """Attention of the newest tokens ``[B, n_heads, L, head_dim]`` over the cache."""
         raise NotImplementedError
@@ -89,8 +86,6 @@ def _attention_of(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
         is_ours = isinstance(cache, AttendingCache) and not kwargs
         if is_ours and sinks is None and cache.takes(keys, values):
             return cache.attend(queries, scale, mask)
-        if is_ours:
-            cache.watch(queries)
         return original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks, **kwargs)
 
     return attention

@@ -23,8 +23,8 @@ from xkv.backends.mlx_metal.model.enabled import Enabled
 from xkv.backends.mlx_metal.model.memory import cache_text, dense_bytes
 from xkv.backends.mlx_metal.model.prefill import flatten
 from xkv.config import buffer_rows
-from xkv.planning.footprint import factoring_bytes
-from xkv.store.ranks import WAIT_SHARE, plan_ranks
+from xkv.planning.footprint import storing_bytes
+from xkv.store.ranks import WAIT_SHARE, ModelPlan, plan_ranks
 
 
 @dataclass(frozen=True)
@@ -55,23 +55,17 @@ class RequestBytes:
         config, shape = enabled.plan.config, enabled.plan.probe.cache_shape(enabled.plan.groups)
         n_tokens = n_prompt + n_answer
         dense = shape.dense_bytes(buffer_rows(n_tokens))
-        is_long = not isinstance(plan_ranks(shape, config, n_prompt), str)
-        ranks = plan_ranks(shape, config, n_tokens, 0.0 if is_long else WAIT_SHARE)
+        basis = enabled.basis
+        is_long = not isinstance(plan_ranks(shape, config, n_prompt, basis=basis), str)
+        ranks = plan_ranks(shape, config, n_tokens, 0.0 if is_long else WAIT_SHARE, basis)
         hidden = getattr(getattr(enabled.model, "args", None), "hidden_size", 0)
         work = 3 * n_prompt * hidden * shape.item_bytes
         if isinstance(ranks, str):
             return cls(dense, work)
-        most = 0
-        for index, group in enumerate(shape.groups):
-            columns = ranks.for_group(shape, config, index, n_prompt)
-            # the keys' latent waits for the values' spectrum
-            waiting = n_prompt * columns[0] * shape.item_bytes if config.chooses_bits else 0
-            factoring = max(
-                factoring_bytes(n_prompt, group.n_layers, width, rank)
-                for width, rank in zip((group.key_width, group.value_width), columns, strict=True)
-            )
-            most = max(most, factoring + waiting)
-        work += most
+        work += max(storing_bytes(n_prompt, group, basis is None) for group in shape.groups)
+        if basis is not None and isinstance(ranks, ModelPlan):
+            # the model's, and there for the next request
+            work += max(basis.column_bytes(ranks.bits, shape.item_bytes) - basis.nbytes, 0)
         if not is_layerwise:
             return cls(dense, work)
         tail = shape.dense_bytes(min(n_answer, config.max_tail))

@@ -10,7 +10,7 @@ import torch
 from xkv.cache.group import GroupState
 from xkv.cache.rows import LayerRows
 from xkv.errors import InputError
-from xkv.store.factors import SharedFactors
+from xkv.store.store import Store
 
 Pick = Callable[[torch.Tensor], torch.Tensor]
 
@@ -39,7 +39,7 @@ def selected(state: GroupState, indices: torch.Tensor) -> GroupState:
 
     layers = tuple(_layer(layer, pick) for layer in state.layers)
     return state._replace(
-        layers=layers, keys=_factors(state.keys, pick), values=_factors(state.values, pick)
+        layers=layers, keys=_picked(state.keys, pick), values=_picked(state.values, pick)
     )
 
 
@@ -56,11 +56,10 @@ def _layer(layer: LayerRows, pick: Pick) -> LayerRows:
     return layer._replace(keys=keys, values=values, landmarks=landmarks)
 
 
-def _factors(factors: SharedFactors | None, pick: Pick) -> SharedFactors | None:
-    if factors is None:
+def _picked(store: Store | None, pick: Pick) -> Store | None:
+    if store is None:
         return None
-    return factors._replace(
-        latent=factors.latent.map(pick),
-        bases=tuple(basis.map(pick) for basis in factors.bases),
-        recent=factors.recent and factors.recent.map(pick),
-    )
+    basis = store.basis
+    if not basis.is_shared:
+        basis = basis._replace(layers=tuple(layer.map(pick) for layer in basis.layers))
+    return store._replace(basis=basis, latent=store.latent.map(pick))

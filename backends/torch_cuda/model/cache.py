@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from xkv.backends.torch_cuda.backend import TorchBackend
 from xkv.backends.torch_cuda.model.attention import install
 from xkv.backends.torch_cuda.model.calls import watch_calls
-from xkv.backends.torch_cuda.model.probe import base_model, probe_model
+from xkv.backends.torch_cuda.model.fingerprint import model_fingerprint
+from xkv.backends.torch_cuda.model.probe import probe_model
 from xkv.backends.torch_cuda.model.xkv_cache import XKVCache
-from xkv.cache.fingerprint import fingerprint, stride
 from xkv.config import XKVConfig
+from xkv.planning.basis_file import find_basis
 from xkv.planning.cache_plan import CachePlan
 from xkv.planning.profile import ModelIdentity
-from xkv.store.weighting import find_projection, output_energy
+from xkv.store.model_basis import ModelBasis
 
 logger = logging.getLogger("xkv")
+
+_BASES: weakref.WeakKeyDictionary[PreTrainedModel, dict[Any, ModelBasis]] = (
+    weakref.WeakKeyDictionary()
+)
+"""What was read of a model, as long as it lives."""
 
 
 def identity_of(model: PreTrainedModel) -> ModelIdentity:
@@ -61,50 +67,31 @@ def torch_cache(
     install(model)
     watch_calls(model)
     backend = backend or TorchBackend(model.device)
-    energies = output_energies(backend, model, plan)
-    cache = XKVCache(model.config, plan, backend, on_progress, output_energies=energies)
+    basis = model_basis(model, plan, backend)
+    cache = XKVCache(model.config, plan, backend, on_progress, basis=basis)
     cache.sequences[0].fingerprint = model_fingerprint(model)
     return cache
 
 
-def output_energies(
-    backend: TorchBackend, model: PreTrainedModel, plan: CachePlan
-) -> dict[int, torch.Tensor]:
-    """:func:`xkv.store.weighting.output_energy` of compressed layers whose projection is known."""
-    found: dict[int, torch.Tensor] = {}
-    if plan.config.weighting != "attention":
-        return found
-    layers = getattr(base_model(model), "layers", [])
-    for index in (i for group in plan.groups for i in group if i < len(layers)):
-        module, shape = (
-            find_projection(layers[index].named_modules()),
-            plan.probe.caches[index].shape,
-        )
-        if module is not None and shape is not None:
-            weight = getattr(module.weight, "to_local", lambda w=module.weight: w)().detach()
-            energy = output_energy(backend, weight, shape.n_kv_heads, shape.value_dim)
-            if energy is not None:
-                found[index] = energy
-    return found
+def model_basis(
+    model: PreTrainedModel,
+    plan: CachePlan,
+    backend: TorchBackend,
+) -> ModelBasis | None:
+    """The model's own basis, None where it has none or none is wanted.
 
-
-def model_fingerprint(model: PreTrainedModel) -> str:
-    """What a file says of the model that made its rows; of a sharded one, its rank's shard."""
-    parameters = {
-        name: getattr(x, "to_local", lambda x=x: x)().detach()
-        for name, x in model.named_parameters()
-    }
-    for name, module in model.named_modules():
-        # numbers beside an adapter's parameters, not among them
-        scales = getattr(module, "scaling", None) if hasattr(module, "lora_A") else None
-        for key, scale in scales.items() if isinstance(scales, dict) else ():
-            parameters[f"{name}.scale.{key}"] = torch.tensor(float(scale))
-
-    def few(name: str, n_values: int) -> Any:
-        x = parameters[name]
-        return x.reshape(-1)[:: stride(x.numel())][:n_values].float().cpu().numpy()
-
-    return fingerprint(((name, tuple(x.shape)) for name, x in parameters.items()), few)
+    Args:
+        model: A decoder of transformers.
+        plan: Says which of its layers share a basis.
+        backend: On the model's device.
+    """
+    held = _BASES.setdefault(model, {})
+    if plan.groups not in held or not plan.config.wants_model_basis:
+        found = find_basis(model_fingerprint(model), plan.groups, plan.config, backend)
+        if found is None:
+            return None
+        held[plan.groups] = found
+    return held[plan.groups]
 
 
 def plan_cache(model: PreTrainedModel, config: XKVConfig) -> CachePlan:

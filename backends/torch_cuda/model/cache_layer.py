@@ -179,9 +179,6 @@ class XKVLayer(CacheLayerMixin, AttendingLayer):
 def _attend(part: Any, queries: torch.Tensor, scale: float) -> torch.Tensor:
     """Causal attention of the newest tokens over one part."""
     n_queries = queries.shape[-2]
-    if isinstance(part, LayerCache):
-        with storing():
-            part.watch(queries)
     is_fused = isinstance(part, LayerCache) and n_queries >= FUSED_QUERIES
     if is_fused or not part.is_compressed:
         keys, values = part.dense()

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Text
 from xkv.backends.torch_cuda.backend import TorchBackend
 from xkv.backends.torch_cuda.model.attention import xkv_attention
 from xkv.backends.torch_cuda.model.cache import identity_of, torch_cache
+from xkv.backends.torch_cuda.model.calibration import TorchSubject
 from xkv.backends.torch_cuda.model.prefill import prefill
 from xkv.backends.torch_cuda.model.probe import cache_argument
 from xkv.backends.torch_cuda.model.xkv_cache import XKVCache
@@ -49,6 +50,9 @@ class TorchEngine(Engine):
     def identity(self) -> ModelIdentity:
         return identity_of(self.model)
 
+    def subject(self, config: XKVConfig) -> TorchSubject:
+        return TorchSubject(self.model, config, self.backend)
+
     @torch.inference_mode()
     def generate(
         self,
@@ -71,7 +75,8 @@ class TorchEngine(Engine):
                     backend=self.backend,
                     on_progress=lambda done, total: on_progress("factorize", done, total),
                 )
-            before = self.backend.active_memory()
+            basis = cache.sequences[0].basis if config is not None else None
+            before = self.backend.active_memory() - (basis.nbytes if basis else 0)
             self.backend.reset_peak_memory()
             tokens = torch.tensor([list(prompt)], device=self.backend.device)
             began = time.perf_counter()
@@ -93,7 +98,7 @@ class TorchEngine(Engine):
         if answer and answer[-1] in self.end_tokens():
             answer.pop()
         del output, tokens
-        is_ours = isinstance(cache, XKVCache)
+        is_ours, basis_bytes = isinstance(cache, XKVCache), basis.nbytes if basis else 0
         plain = 0 if is_ours else sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
         factorize_seconds = cache.factorize_seconds if is_ours else 0.0
         return Generation(
@@ -106,7 +111,8 @@ class TorchEngine(Engine):
             peak_bytes=self.backend.peak_memory(),
             dense_bytes=cache.dense_bytes() if is_ours else plain,
             held_bytes=cache.held_bytes() if is_ours else plain,
-            allocated_bytes=self.backend.active_memory() - before,
+            allocated_bytes=self.backend.active_memory() - before - basis_bytes,
+            basis_bytes=basis_bytes,
             notice=cache.notice if is_ours else None,
             detail=describe(cache.sequences[0]) if is_ours else None,
         )

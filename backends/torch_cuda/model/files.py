@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 
 from xkv.backends.torch_cuda.backend import TorchBackend
 from xkv.backends.torch_cuda.model.attention import install
-from xkv.backends.torch_cuda.model.cache import model_fingerprint, output_energies, plan_cache
+from xkv.backends.torch_cuda.model.cache import plan_cache
 from xkv.backends.torch_cuda.model.cache_layer import XKVLayer
 from xkv.backends.torch_cuda.model.calls import watch_calls
+from xkv.backends.torch_cuda.model.fingerprint import model_fingerprint
 from xkv.backends.torch_cuda.model.native_state import read_native, write_native
 from xkv.backends.torch_cuda.model.xkv_cache import XKVCache
 from xkv.cache.lowrank_cache import LowRankCache
@@ -26,6 +27,7 @@ from xkv.cache.whole_file import whole_file
 from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.ops.types import RopeRun
+from xkv.planning.basis_file import basis_of_cache
 from xkv.planning.cache_plan import CachePlan
 
 
@@ -131,7 +133,7 @@ def load_prompt_cache(
     file = _read(file_name, backend.device)
     try:
         compressed = {
-            i: read_layer(state, lambda: backend)
+            i: read_layer(state, lambda: backend, basis_of_cache)
             for i, (name, state) in enumerate(zip(file.classes, file.states, strict=True))
             if name == LAYER_CLASS
         }
@@ -141,8 +143,7 @@ def load_prompt_cache(
         check_config(plan.config, lowrank.config)
     except InputError as error:
         raise InputError(f"{file_name}: {error}") from error
-    energies = output_energies(backend, model, plan)
-    cache = XKVCache(model.config, plan, backend, sequences=[lowrank], output_energies=energies)
+    cache = XKVCache(model.config, plan, backend, sequences=[lowrank], basis=lowrank.basis)
     for layer, name, state in zip(cache.layers, file.classes, file.states, strict=True):
         if not isinstance(layer, XKVLayer):
             read_native(layer, name, state)

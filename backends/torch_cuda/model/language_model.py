@@ -10,9 +10,11 @@ import torch
 from transformers.cache_utils import Cache
 
 from xkv.backends.torch_cuda.model.attention import xkv_attention
-from xkv.backends.torch_cuda.model.cache import output_energies, plan_cache
+from xkv.backends.torch_cuda.model.cache import plan_cache
 from xkv.backends.torch_cuda.model.cache_layer import XKVLayer
+from xkv.backends.torch_cuda.model.calibration import TorchSubject
 from xkv.backends.torch_cuda.model.engine import load_engine
+from xkv.backends.torch_cuda.model.fingerprint import model_fingerprint
 from xkv.backends.torch_cuda.model.probe import cache_argument
 from xkv.config import XKVConfig
 from xkv.errors import InputError
@@ -64,8 +66,12 @@ class TorchLanguageModel(LanguageModel):
                 **{cache_argument(self.model): cache},
             ).logits
 
-    def output_energies(self, config: XKVConfig) -> dict[int, torch.Tensor]:
-        return output_energies(self.backend, self.model, plan_cache(self.model, config))
+    def subject(self, config: XKVConfig) -> TorchSubject:
+        return TorchSubject(self.model, config, self._engine.backend)
+
+    @property
+    def fingerprint(self) -> str:
+        return model_fingerprint(self.model)
 
     @property
     def end_tokens(self) -> frozenset[int]:

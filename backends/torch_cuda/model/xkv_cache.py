@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from xkv.config import DECODE_TOKENS
 from xkv.errors import InputError
 from xkv.planning.cache_plan import CachePlan
 from xkv.planning.report import Report
+from xkv.store.model_basis import ModelBasis
 
 
 class XKVCache(Cache):
@@ -33,7 +34,7 @@ class XKVCache(Cache):
         backend: Does the arithmetic.
         on_progress: Called with (factorizations done, factorizations in all) after each.
         sequences: One low-rank cache for the batch or one a sequence; None makes an empty one.
-        output_energies: :func:`xkv.store.weighting.output_energy` by layer.
+        basis: The model's own.
     """
 
     def __init__(
@@ -43,10 +44,10 @@ class XKVCache(Cache):
         backend: TorchBackend,
         on_progress: Callable[[int, int], None] | None = None,
         sequences: Sequence[LowRankCache] | None = None,
-        output_energies: Mapping[int, torch.Tensor] | None = None,
+        basis: ModelBasis | None = None,
     ) -> None:
         self.plan = plan
-        self._output_energies = output_energies
+        self._basis = basis
         self.backend = backend
         self._model_config = model_config
         self._on_progress = on_progress
@@ -66,7 +67,7 @@ class XKVCache(Cache):
         return twin
 
     def _new_sequence(self) -> LowRankCache:
-        return self.plan.lowrank_cache(self.backend, self._on_progress, self._output_energies)
+        return self.plan.lowrank_cache(self.backend, self._on_progress, self._basis)
 
     def _new_layers(self) -> list[Any]:
         probes = self.plan.probe.caches
@@ -191,7 +192,6 @@ class XKVCache(Cache):
             old, layer.parts = layer.parts[0], [cache.layers[i] for cache in self.sequences]
             for row, part in enumerate(layer.parts if old.offset else []):
                 rows = old.rows
-                part.rows = part.rows._replace(query_energy=rows.query_energy)
                 keys, values = (x.rows[row : row + 1] for x in (rows.keys, rows.values))
                 part.append(keys, values, rows.rope_runs[-1].spec)
 

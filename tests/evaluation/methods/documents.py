@@ -59,7 +59,6 @@ def make_document(
         head_dim**-0.5,
         xp.float32,
         3,
-        (None,) * n_layers,
         make_cache,
     )
 

@@ -90,9 +90,14 @@ def test_packed_latents_are_read_right(
 def test_columns_of_a_wider_array_are_read_right(
     backend: Backend, reference: Backend, operation: str
 ) -> None:
-    """Numbers of 16 bits are stored where they were packed, beside the columns of other parts."""
+    """A part in 16 bits may be a view of more columns than its own."""
     layout = LAYOUTS["groups-of-64"]
     inputs = make_packed_inputs(backend, PACKED_CASES["gqa4-batch2"], layout, "bfloat16")
+    first, *others = inputs.segment.latent_k.parts
+    wide = torch.cat([first.arrays[0], torch.full_like(first.arrays[0], float("nan"))], dim=-1)
+    view = first._replace(arrays=(wide[..., : first.shape[-1]],))
+    latent = dataclasses.replace(inputs.segment.latent_k, parts=(view, *others))
+    inputs = dataclasses.replace(inputs, segment=inputs.segment._replace(latent_k=latent))
     assert not inputs.segment.latent_k.arrays[0].is_contiguous()
     exact = exact_packed_inputs(backend, reference, inputs)
     backend.kernels.last_path.clear()

@@ -100,7 +100,6 @@ def compressed_cache(document: Document, config: XKVConfig) -> LowRankCache:
     cache = document.make_cache(config)
     for index, layer in cache.layers.items():
         keys, values = document.keys[index], document.values[index]
-        layer.rows = layer.rows._replace(query_energy=document.query_energies[index])
         begin = 0
         for end, spec in document.rope_runs(index):
             layer.append(keys[..., begin:end, :], values[..., begin:end, :], spec)
@@ -165,21 +164,22 @@ def _widen(cache: LowRankCache, document: Document) -> None:
     for group in cache.groups:
         wide: dict[str, Any] = {}
         for name in ("keys", "values"):
-            factors = getattr(group, name)
-            if factors is not None:
-                latent, *bases = (
+            store = getattr(group, name)
+            if store is not None:
+                latent, *layers = (
                     matrix.astype(document.backend, document.dtype)
-                    for matrix in (factors.latent, *factors.bases)
+                    for matrix in (store.latent, *store.basis.layers)
                 )
-                wide[name] = factors._replace(latent=latent, bases=tuple(bases))
-        layers = []
+                basis = store.basis._replace(layers=tuple(layers))
+                wide[name] = store._replace(latent=latent, basis=basis)
+        rows = []
         for layer in group.layers:
             keys, values = (
                 buffer._replace(allocated=document.widen(buffer.allocated))
                 for buffer in (layer.keys, layer.values)
             )
-            layers.append(layer._replace(keys=keys, values=values))
-        group.state = group.state._replace(layers=tuple(layers), **wide)
+            rows.append(layer._replace(keys=keys, values=values))
+        group.state = group.state._replace(layers=tuple(rows), **wide)
 
 
 def _prefix(document: Document, cache: LowRankCache, rows: dict[str, Any]) -> Prefix:
