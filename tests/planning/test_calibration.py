@@ -24,7 +24,8 @@ from xkv.planning.calibration import (
     find_directions,
     gather,
 )
-from xkv.store.model_basis import Balance, ModelBasis
+from xkv.store.model_basis import MAX_PLANS, Balance, ModelBasis
+from xkv.store.ranks import plan_ranks
 
 CONFIG = XKVConfig(group_size=3)
 N_TOKENS = CONTEXT_TOKENS + PREDICTED_TOKENS
@@ -226,3 +227,23 @@ def test_plans_are_chosen_by_divergence(subject, tmp_path, monkeypatch):
     )
     best = balance.best_balances(subject, basis, [piece], lambda *_: None)
     assert by_balance[4.0, best[4.0]] == pytest.approx(min(by_balance.values()), rel=1e-3)
+
+
+def test_lengths_share_plans_and_few_are_kept(subject, tmp_path):
+    moments = Moments(tmp_path)
+    gather(subject, pieces(1), moments, lambda *_: None)
+    directions = find_directions(subject, moments)
+    basis = ModelBasis(subject.backend, uid_of(directions), subject.plan.groups, directions)
+    shape = subject.plan.probe.cache_shape(subject.plan.groups)
+    config = replace(CONFIG, compression=3, attention="dense")
+    plans, dtype = set(), subject.backend.xp.float32
+    for n_tokens in range(2000, 8000, 97):
+        plan = plan_ranks(shape, config, n_tokens, basis=basis)
+        plans.add(plan.bits)
+        held = plan.held_bytes(shape, config, n_tokens)
+        assert held <= shape.dense_bytes(n_tokens) / 3 * 1.001
+        for number, bits in enumerate(plan.bits):
+            basis.columns(number, bits, dtype)
+    assert len(plans) <= 20
+    widest = sum(x.scales.size**2 for group in directions for x in group) * 4
+    assert basis.nbytes <= MAX_PLANS * (widest + 4 * 1024)

@@ -19,6 +19,9 @@ from xkv.store.rotation import rotate_bands
 from xkv.store.store import Basis
 from xkv.store.svd import split_layers
 
+MAX_PLANS = 4
+"""Plans, at most, whose columns are kept for the next conversation."""
+
 BandBits = tuple[int, ...]
 """Of the latent's bands in order; with 0 a band is left out."""
 
@@ -109,6 +112,10 @@ class ModelBasis:
             if key not in self._bases:
                 self._bases[key] = self._made(self.directions[number][part], each, dtype)
             bases.append(self._bases[key])
+        # conversations keep what they use
+        limit = MAX_PLANS * sum(map(len, self.directions))
+        for key in list(self._bases)[:-limit]:
+            del self._bases[key]
         return bases
 
     def _made(self, found: Directions, bits: BandBits, dtype: Any) -> Basis:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from xkv.config import BAND, Rank, XKVConfig
@@ -15,6 +16,9 @@ WAIT_SHARE = 0.5
 """A conversation that was too short for compression waits for ranks of this share of a very long
 one's: in the README's table of answers, those below lose most of them.
 """
+
+PLAN_STEP = 1.02
+"""Bytes of a token's latents in the model's own basis are a whole power of this."""
 
 PLANNED_BITS = 4
 """Bits of a latent's column for which the factorization's rank is sized."""
@@ -207,8 +211,10 @@ def _plan_columns(
     left = shape.dense_bytes(n_tokens) / config.compression
     allowed = (left - shape.unfactored_bytes(config, n_tokens)) / n_rows
     bits = None
-    if allowed >= min_share * left / n_tokens:
-        bits = basis.plan(allowed, shape.item_bytes, config.max_key_rank)
+    if allowed > 0 and allowed >= min_share * left / n_tokens:
+        # few plans for all lengths, so that conversations share columns of the basis
+        stepped = PLAN_STEP ** math.floor(math.log(allowed, PLAN_STEP))
+        bits = basis.plan(stepped, shape.item_bytes, config.max_key_rank)
     if bits is None:
         return (
             f"kept dense: {n_tokens} tokens are too few for a compression of "
