@@ -19,11 +19,11 @@ from xkv.planning.calibrate_model import N_HELD_OUT, calibrate_model
 from xkv.planning.calibration import (
     CONTEXT_TOKENS,
     PREDICTED_TOKENS,
-    Moments,
     calibration_pieces,
     find_directions,
     gather,
 )
+from xkv.planning.moments import Moments
 from xkv.store.model_basis import MAX_PLANS, Balance, ModelBasis
 from xkv.store.ranks import plan_ranks
 
@@ -247,3 +247,24 @@ def test_lengths_share_plans_and_few_are_kept(subject, tmp_path):
     assert len(plans) <= 20
     widest = sum(x.scales.size**2 for group in directions for x in group) * 4
     assert basis.nbytes <= MAX_PLANS * (widest + 4 * 1024)
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(subject, cache_home, fast, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as at_once:
+        at_once.setattr("xkv.planning.moments.np.save", full)
+        with pytest.raises(InputError, match="No space left on device; calibration goes on"):
+            calibrate_model(subject, pieces, lambda *_: None)
+    with monkeypatch.context() as at_the_end:
+        at_the_end.setattr(module, "write_basis", lambda *_: _raise(InputError("cannot write it")))
+        done = calibrate_model(subject, pieces, lambda *_: None)
+        assert done.path is None and "cannot write it" in done.problem
+    seen = []
+    calibrate_model(subject, pieces, lambda *step: seen.append(step))
+    assert seen[0] == ("calibrate", 2, 2)
+
+
+def _raise(error):
+    raise error

@@ -18,11 +18,11 @@ from xkv.planning.basis_file import basis_path, keep_unsaved, read_basis, uid_of
 from xkv.planning.calibration import (
     CONTEXT_TOKENS,
     PREDICTED_TOKENS,
-    Moments,
     Subject,
     find_directions,
     gather,
 )
+from xkv.planning.moments import Moments
 from xkv.store.model_basis import ModelBasis
 
 N_HELD_OUT = 3
@@ -82,12 +82,18 @@ def calibrate_model(
         )
     with _folder(path, pieces) as (folder, problem):
         moments = Moments(folder)
-        gather(
-            subject,
-            pieces[len(held_out) :],
-            moments,
-            lambda done, total: on_phase("calibrate", done, total),
-        )
+        try:
+            gather(
+                subject,
+                pieces[len(held_out) :],
+                moments,
+                lambda done, total: on_phase("calibrate", done, total),
+            )
+        except OSError as error:
+            raise InputError(
+                f"cannot keep what was measured in {folder}: {error.strerror or error}; "
+                "calibration goes on from there once it can be written"
+            ) from error
         directions = find_directions(subject, moments)
         basis = ModelBasis(subject.backend, uid_of(directions), groups, directions)
         balances = best_balances(
@@ -98,6 +104,7 @@ def calibrate_model(
             note = f"{moments.done['rows']} tokens"
             try:
                 write_basis(path, subject.fingerprint, basis, note)
+                shutil.rmtree(folder, ignore_errors=True)
             except InputError as error:
                 problem = str(error)
     if problem is not None:
@@ -107,7 +114,7 @@ def calibrate_model(
 
 @contextlib.contextmanager
 def _folder(path: Path, pieces: Sequence[Sequence[int]]) -> Iterator[tuple[Path, str | None]]:
-    """A folder for what is summed, kept if the block fails; and why nothing will be kept.
+    """A folder for what is summed, and why nothing will be kept.
 
     Raises:
         InputError: If another process uses it.
@@ -134,4 +141,3 @@ def _folder(path: Path, pieces: Sequence[Sequence[int]]) -> Iterator[tuple[Path,
                 "--no-calibration"
             ) from None
         yield folder, None
-    shutil.rmtree(folder, ignore_errors=True)

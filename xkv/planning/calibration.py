@@ -22,6 +22,7 @@ from xkv.errors import InputError
 from xkv.ops.backend import Backend
 from xkv.ops.types import Array
 from xkv.planning.cache_plan import CachePlan
+from xkv.planning.moments import Moments
 from xkv.store.model_basis import Directions
 from xkv.store.store import joined
 from xkv.store.svd import gram_matrix, leading_directions
@@ -151,41 +152,6 @@ class RecordingCache(LowRankCache):
         if group.state.is_in_step:
             self._record(number, group.state)
             group.state = GroupState((LayerRows(),) * len(group.layers))
-
-
-class Moments:
-    """Sums of outer products of rows by group, keys and values, and of squared gradients by layer.
-
-    They are kept in a folder, one file each, so that one is in memory at a time and what was summed
-    is not lost with the process.
-
-    Args:
-        folder: Made for them.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._log = folder / "done.json"
-        self.done: dict[str, Any] = {"pieces": 0, "rows": 0, "gradient_rows": 0}
-        if self._log.is_file():
-            self.done = json.loads(self._log.read_text())
-
-    def add(self, name: str, matrix: np.ndarray) -> None:
-        """Add to one sum, in a file that takes the place of the old one when the piece is done."""
-        path = self.folder / f"{name}.npy"
-        total = np.load(path) + matrix if path.is_file() else matrix
-        np.save(self.folder / f"{name}.next.npy", total)
-
-    def commit(self, **counts: int) -> None:
-        """A piece is done."""
-        for path in self.folder.glob("*.next.npy"):
-            path.replace(self.folder / path.name.replace(".next", ""))
-        for name, count in counts.items():
-            self.done[name] += count
-        self._log.write_text(json.dumps(self.done))
-
-    def load(self, name: str) -> np.ndarray:
-        return np.load(self.folder / f"{name}.npy")
 
 
 def gather(

@@ -40,11 +40,7 @@ class MLXEngine(Engine):
         return identity_of(self.model, XKVConfig())
 
     def subject(self, config: XKVConfig) -> MLXSubject:
-        if enabled_state(self.model) is None:
-            enable(self.model, config, backend=self.backend)
-        enabled = enabled_state(self.model)
-        assert enabled is not None
-        return MLXSubject(self.model, enabled)
+        return MLXSubject.of(self.model, config, self.backend)
 
     def generate(
         self,

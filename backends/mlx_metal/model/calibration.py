@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from xkv.backends.mlx_metal.backend import MLXBackend
+from xkv.backends.mlx_metal.model.enable import enable
 from xkv.backends.mlx_metal.model.enabled import (
     Enabled,
     enabled_state,
@@ -38,6 +39,16 @@ class MLXSubject:
         self.model, self.plan = model, enabled.plan
         self.backend: MLXBackend = enabled.backend
         self.fingerprint = enabled.fingerprint
+
+    @classmethod
+    def of(cls, model: nn.Module, config: XKVConfig, backend: MLXBackend) -> MLXSubject:
+        """A model, which is enabled from then on if it was not."""
+        enabled = enabled_state(model)
+        if enabled is None:
+            enable(model, config, backend=backend)
+            enabled = enabled_state(model)
+            assert enabled is not None
+        return cls(model, enabled)
 
     def fill(self, cache: LowRankCache, tokens: Sequence[int]) -> list[Any]:
         caches = planned_caches(self.model, self.plan, cache)

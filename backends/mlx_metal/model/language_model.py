@@ -12,8 +12,7 @@ from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.cli.engine import load_engine
 from xkv.backends.mlx_metal.model.cache import XKVCache
 from xkv.backends.mlx_metal.model.calibration import MLXSubject
-from xkv.backends.mlx_metal.model.enable import enable
-from xkv.backends.mlx_metal.model.enabled import enabled_state, plan_cache
+from xkv.backends.mlx_metal.model.enabled import plan_cache
 from xkv.backends.mlx_metal.model.identity import model_fingerprint, model_name
 from xkv.backends.mlx_metal.model.seam import attention_seam
 from xkv.config import XKVConfig
@@ -70,11 +69,7 @@ class MLXLanguageModel(LanguageModel):
         return logits[:, -1:] if last_only else logits
 
     def subject(self, config: XKVConfig) -> MLXSubject:
-        if enabled_state(self.model) is None:
-            enable(self.model, config, backend=self.backend)
-        enabled = enabled_state(self.model)
-        assert enabled is not None
-        return MLXSubject(self.model, enabled)
+        return MLXSubject.of(self.model, config, self.backend)
 
     @property
     def fingerprint(self) -> str:
