@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from xkv.cli.flags import check_early
+from xkv.cli.openblas import load_mlx
 from xkv.cli.terminal import user_errors
-from xkv.ops.loading import load_backend_module
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """mlx-lm's prompt caching with its flags and ours."""
     with user_errors():
         check_early(argv, writes_file=True)
-        load_backend_module("mlx").run_cache_prompt(argv)
+        load_mlx().run_cache_prompt(argv)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,8 @@ from xkv.cli.flags import (
     check_numbers,
     config_from,
 )
+from xkv.cli.openblas import load_mlx
 from xkv.cli.terminal import user_errors
-from xkv.ops.loading import load_backend_module
 from xkv.planning.layer_groups import choose_profile
 from xkv.tiny import CHECKPOINT_DIR
 
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             run_on_torch(setup_arg_parser().parse_args(argv))
         else:
             check_early(argv)
-            load_backend_module("mlx").run_generate(argv)
+            load_mlx().run_generate(argv)
 
 
 def run_on_torch(args: argparse.Namespace) -> None:
@@ -78,7 +78,7 @@ def run_on_torch(args: argparse.Namespace) -> None:
     Raises:
         InputError: If they cannot be met.
     """
-    config = config_from(args, args.model is None)
+    config = config_from(args)
     sampling = Sampling(**{field.name: vars(args)[field.name] for field in fields(Sampling)})
     check_numbers(args)
     prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
