@@ -1,25 +1,35 @@
-"""Decode attention of one layer: full, dense low-rank and selective, timed in turn in one process.
+"""One decode step's attention over the full cache and over the working set: counted, then timed.
 
     python scripts/bench_decode.py
     python scripts/bench_decode.py --backend torch --shape llama-8b --lengths 131072
 
-It prints nothing while the three forms disagree where they must be equal.
+First the work of all layers of Llama-3.1-8B by formula. Then one layer, both sides in turn in one
+process; nothing is timed while the forms disagree where they must be equal.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.metadata import version
 
 from xkv import InputError, load_backend
-from xkv.checks.decode_step import BUNDLED, LLAMA_8B, DecodeStep, time_alternating
-from xkv.config import BAND
-from xkv.store.codec import BITS
+from xkv.checks.decode_step import (
+    BUNDLED,
+    LLAMA_8B,
+    SMOLLM2,
+    DecodeStep,
+    StepShape,
+    time_alternating,
+)
+from xkv.ops.backend import Backend
+from xkv.planning.chips import CHIPS, LENGTHS, milliseconds
+from xkv.planning.decode_cost import total
 
-SHAPES = {"bundled": BUNDLED, "llama-8b": LLAMA_8B}
+SHAPES = {"llama-8b": LLAMA_8B, "smollm2": SMOLLM2, "bundled": BUNDLED}
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -29,60 +39,86 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", choices=["mlx", "torch"], default="mlx", help="framework")
     parser.add_argument("--device", help="torch only: cpu or cuda; CUDA if there is one")
     parser.add_argument("--kernels", choices=["auto", "on", "off"], default="auto")
-    parser.add_argument("--shape", choices=SHAPES, default="bundled", help="attention shapes")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768])
-    parser.add_argument("--batch", type=int, nargs="+", default=[1], help="batch sizes")
-    for name in ("budget", "rank-k", "rank-v", "landmark-bits"):
-        parser.add_argument(f"--{name}", type=int, help="instead of the shape's own")
-    parser.add_argument(
-        "--latent-bits",
-        type=int,
-        nargs="+",
-        choices=BITS,
-        help="pack the factors in parts of these bits, about equally wide; ranks become multiples "
-        f"of {BAND}",
-    )
+    parser.add_argument("--shape", choices=SHAPES, default="llama-8b", help="attention shapes")
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
+    parser.add_argument("--budget", type=int, help="rows kept and rebuilt, instead of the usual")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
+    parser.add_argument("--every-row", action="store_true", help="time that form too")
     parser.add_argument("--runs", type=int, default=15, help="timed runs of each form")
     return parser
 
 
 def main() -> None:
     args = setup_arg_parser().parse_args()
-    options = {"kernels": args.kernels}
-    if args.device:
-        options["device"] = args.device
+    options = {"kernels": args.kernels} | ({"device": args.device} if args.device else {})
     try:
         backend = load_backend(args.backend, **options)
+        shape = replace(SHAPES[args.shape], budget=args.budget)
+        shape = replace(shape, dtype=args.dtype or shape.dtype)
+        problem = DecodeStep(backend, shape, 1024).parity()
+        if problem is not None:
+            sys.exit(f"error: no figures while the forms disagree: {problem}")
+        print("\n".join(counted_lines(shape)))
+        print_timings(backend, shape, args)
     except InputError as error:
         sys.exit(f"error: {error}")
-    names = ("budget", "rank_k", "rank_v", "landmark_bits", "dtype")
-    shape = replace(SHAPES[args.shape], **{n: vars(args)[n] for n in names if vars(args)[n]})
-    shape = replace(shape, latent_bits=tuple(args.latent_bits or ()))
-    problem = DecodeStep(backend, shape, 1024).parity()
-    if problem is not None:
-        sys.exit(f"error: no figures while the forms disagree: {problem}")
+
+
+def counted_lines(shape: StepShape) -> list[str]:
+    """The work of a step of all layers of Llama-3.1-8B, by part, and what it takes on chips."""
+    model, config = LLAMA_8B.model, replace(shape, model=LLAMA_8B.model).config
+    lines = [
+        f"counted: {model.n_layers} layers of Llama-3.1-8B, 8 x smaller, 16 bits, sorted as on "
+        "Metal; milliseconds by arithmetic, without weights",
+        f"{'tokens':>8}  {'':<20}{'GB':>8}{'GFLOP':>9}{'launches':>10}"
+        + "".join(f"{chip.name:>10}" for chip in CHIPS),
+    ]
+    for n_tokens in LENGTHS:
+        full, working_set = model.forms(config, n_tokens, sorts=True)
+        for name, parts in {
+            "full": full,
+            "working set": working_set,
+            **{f"  {name}": {name: work} for name, work in working_set.items()},
+        }.items():
+            work, n = total(parts), model.n_layers
+            ms = []
+            for chip in CHIPS:
+                on_chip = model.forms(config, n_tokens, chip.sorts)[name != "full"]
+                shown = {k: x for k, x in on_chip.items() if k in parts}
+                ms.append(f"{milliseconds(chip, shown, n):>10.2f}")
+            lines.append(
+                f"{n_tokens:>8}  {name:<20}{n * work.n_bytes / 1e9:>8.2f}"
+                f"{n * work.flops / 1e9:>9.2f}{n * work.launches:>10}{''.join(ms)}"
+            )
+    return lines
+
+
+def print_timings(backend: Backend, shape: StepShape, args: argparse.Namespace) -> None:
+    """One layer, measured."""
+    is_loaded = "openblas" in os.environ.get("LD_PRELOAD", "").lower()
     print(
-        f"{platform.machine()} {platform.system()}, {args.backend} {version(args.backend)}, "
-        f"device {backend.device_name}, {args.runs} runs, median [middle half]"
+        f"\nmeasured: one layer of {args.shape}, {shape.dtype}, {platform.machine()} "
+        f"{platform.system()}, {args.backend} {version(args.backend)}, device "
+        f"{backend.device_name}, {args.runs} runs, median [middle half]\n"
+        f"OpenBLAS preloaded: {'yes' if is_loaded else 'no'}; "
+        f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}"
     )
-    print(", ".join(f"{name}={value}" for name, value in asdict(shape).items() if name != "batch"))
-    print(
-        f"{'tokens':>8} {'batch':>5}  {'form':<15}{'ms':>9}  {'spread':<19}{'MB':>9}{'GB/s':>8}  x"
-    )
-    for batch in args.batch:
-        for n_tokens in args.lengths:
-            step = DecodeStep(backend, replace(shape, batch=batch), n_tokens)
-            timings = time_alternating(backend, step.forms(), args.runs)
-            for name, timing in timings.items():
-                moved = step.moved_bytes()[name]
-                spread = f"[{timing.low_ms:.2f}, {timing.high_ms:.2f}]"
-                print(
-                    f"{n_tokens:>8} {batch:>5}  {name:<15}{timing.median_ms:>9.3f}  {spread:<19}"
-                    f"{moved / 1e6:>9.2f}{moved / timing.median_ms / 1e6:>8.1f}  "
-                    f"{timings['full'].median_ms / timing.median_ms:.2f}",
-                    flush=True,
-                )
+    print(f"{'tokens':>8}  {'form':<13}{'ms':>9}  {'spread':<19}{'MB counted':>11}{'GB/s':>8}  x")
+    for n_tokens in args.lengths:
+        step = DecodeStep(backend, shape, n_tokens)
+        forms = step.forms()
+        if not args.every_row:
+            del forms["every row"]
+        timings = time_alternating(backend, forms, args.runs)
+        for name, timing in timings.items():
+            moved = step.moved_bytes()[name]
+            spread = f"[{timing.low_ms:.2f}, {timing.high_ms:.2f}]"
+            print(
+                f"{n_tokens:>8}  {name:<13}{timing.median_ms:>9.3f}  {spread:<19}"
+                f"{moved / 1e6:>11.2f}{moved / timing.median_ms / 1e6:>8.1f}  "
+                f"{timings['full'].median_ms / timing.median_ms:.2f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Decode with full attention, dense low-rank and selective xKV, end to end on one device.
+"""Decode over a full cache, a working set and every stored row, end to end on one device.
 
     python scripts/bench_gpu.py --out scripts/results/gpu
     python scripts/bench_gpu.py --device cpu --tiny
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_decoding import PAPER, SHAPE, SMALL, TINY, Bench
+from gpu_decoding import SHAPE, TINY, Bench
 from gpu_factorizations import compare_factorizations
 from gpu_rows import Row, markdown, summary
 
@@ -37,12 +37,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--kernels", choices=["auto", "on", "off"], default="auto")
     parser.add_argument("--tiny", action="store_true", help="a tiny model and short prompts")
     parser.add_argument("--lengths", type=int, nargs="+", help="32k, 64k and 128k, or 1k and 2k")
-    parser.add_argument(
-        "--batches",
-        type=int,
-        nargs="+",
-        help="instead of powers of two up to the largest that fits",
-    )
+    parser.add_argument("--batches", type=int, nargs="+", default=[1], help="copies of a cache")
     parser.add_argument("--steps", type=int, default=144, help="timed steps of each batch")
     parser.add_argument("--runs", type=int, default=3, help="timed runs of each factorization")
     parser.add_argument(
@@ -55,12 +50,6 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         choices=["also", "only"],
         help="decode in steps of constant shapes too, or only, on CUDA replays of one graph; full "
         "attention then over a cache that does not grow",
-    )
-    parser.add_argument(
-        "--max-batch",
-        type=int,
-        default=2,
-        help="on the CPU, in place of what fits",
     )
     parser.add_argument("--max-seconds", type=float, help="begin no row that would begin later")
     parser.add_argument("--out", help="write OUT.json and OUT.md, anew after each row")
@@ -103,7 +92,7 @@ def _run(args: argparse.Namespace) -> None:
         print(", ".join(f"{name} {text}" for name, text in row.cells().items()), flush=True)
         _write(args.out, about, bench, rows, factorizations)
     if not bench.is_late("factorizations"):
-        rank = (SMALL if args.tiny else PAPER)["rank_k"]
+        rank = 24 if args.tiny else 384
         factorizations += compare_factorizations(bench.backend, bench.group_keys(), rank, args.runs)
     _write(args.out, about, bench, rows, factorizations)
     print(f"\n{_report(bench, rows, factorizations)}")

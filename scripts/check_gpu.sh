@@ -31,23 +31,21 @@ device=$(tail -n 1 <<<"$device")
 machine=(scripts/gpu_machine.py)
 kernels=(-m pytest tests/torch_cuda/triton_kernels -p no:cacheprovider -p no:benchmark)
 kernels+=(--tb=short -rfs)
-doctor=(-m xkv.doctor --backend torch --lengths)
+doctor=(-m xkv.doctor --backend torch --lengths 1024)
 parity=(scripts/parity_gpu.py --device "$device")
-decode=(scripts/bench_decode.py --backend torch --device "$device")
+decode=(scripts/bench_decode.py --backend torch --device "$device" --shape llama-8b --lengths)
 bench=(scripts/bench_gpu.py --device "$device" --replay only --batches)
 if [ "$device" = cuda ]; then
     unset TRITON_INTERPRET
     workers=$(nproc)
     kernels+=(--require-backend cuda -n "$((workers < 12 ? workers : 12))")
-    doctor+=(1024)
-    decode+=(--shape llama-8b --lengths 32768 131072 --batch 1 4 --runs 31)
+    decode+=(32768 131072 --runs 31)
     # of 131072 tokens in full three caches fit into 80 GB
     bench+=(1 3 8 --lengths 131072 32768 --runs 2 --factorize-tokens 8192 --max-seconds 205)
 elif [ "${CHECK_GPU_ON_CPU:-}" = 1 ]; then
-    kernels+=(-k "gqa1 or (matches_reference and L64)")
-    doctor+=(256)
+    kernels+=(-k "matches_reference and (L64 or L264)")
     parity+=(--max-tokens 4)
-    decode+=(--lengths 600 --runs 3)
+    decode+=(1024 --runs 3)
     bench+=(1 2 --tiny --lengths 600 --steps 4 --runs 2)
 else
     echo "error: PyTorch sees no GPU on this machine; CHECK_GPU_ON_CPU=1 runs every part on the" \

@@ -116,7 +116,7 @@ def copied(cache: Cache, copy_of: Callable[[torch.Tensor], torch.Tensor]) -> Any
             return dataclasses.replace(x, **parts)
         return x
 
-    # factors and landmarks are immutable and so were not copied
+    # latents and bases are immutable and so were not copied
     for sequence in getattr(new, "sequences", []):
         for group in sequence.groups:
             group.state = replaced(group.state)

@@ -1,9 +1,8 @@
-"""A model with random weights on one device: full, dense low-rank and selective decoding."""
+"""A model with random weights on one device: full cache, working set, every row."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import statistics
 import time
@@ -20,6 +19,7 @@ from transformers.cache_utils import Cache
 import xkv
 from xkv.backends.torch_cuda import TorchBackend
 from xkv.backends.torch_cuda.model.cache import torch_cache
+from xkv.config import USUAL_COMPRESSION
 from xkv.errors import InputError
 
 SHAPE = {
@@ -42,8 +42,8 @@ TINY = SHAPE | {
     "intermediate_size": 256,
     "vocab_size": 512,
 }
-PAPER = {"rank_k": 384, "rank_v": 576, "budget": 2048}
-SMALL = {"rank_k": 24, "rank_v": 36, "budget": 64, "window": 16, "max_tail": 16}
+OPTIONS = {"compression": USUAL_COMPRESSION}
+TINY_OPTIONS = {"compression": 4, "budget": 128, "window": 16, "max_tail": 16}
 WARM_UP = 2
 NOT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """For full attention of growing length: cuDNN plans each new length, some 40 ms on an H100."""
@@ -63,20 +63,18 @@ class Bench:
         """Sentences about rows that there are none of."""
         self.backend = TorchBackend(args.device, args.kernels)
         device = self.backend.device
-        is_gpu = device.type == "cuda"
-        self.dtype = torch.bfloat16 if is_gpu else torch.float32
+        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         torch.manual_seed(0)
         config = transformers.LlamaConfig(**(TINY if args.tiny else SHAPE))
         with torch.device(device):
             self.model = transformers.AutoModelForCausalLM.from_config(config, dtype=self.dtype)
         self.model.eval().requires_grad_(False)
-        options = SMALL if args.tiny else PAPER
+        options = TINY_OPTIONS if args.tiny else OPTIONS
         self.forms: dict[str, dict[str, Any] | None] = {
             "full": None,
-            "selective": {**options, "attention": "selective"},
-            "dense low-rank": {**options, "attention": "dense"},
+            "working set": options,
+            "every row": {**options, "attention": "exact"},
         }
-        self.free_bytes = torch.cuda.mem_get_info(device)[0] if is_gpu else None
 
     def run(self) -> Iterator[Row]:
         for n_tokens in self.args.lengths:
@@ -104,7 +102,7 @@ class Bench:
     def _form(
         self, form: str, options: dict[str, Any] | None, prompt: torch.Tensor
     ) -> Iterator[Row]:
-        """Prefill once, then decode at growing batches of copies."""
+        """Prefill once, then decode with batches of copies."""
         self._prefill(options, prompt[:, :2048])  # compiles kernels, and is not timed
         self._collect()
         self.backend.reset_peak_memory()
@@ -119,7 +117,7 @@ class Bench:
         del cache
         for replays in {None: [False], "also": [False, True], "only": [True]}[self.args.replay]:
             name = form + REPLAYED if replays else form
-            for batch, is_largest in self._batches(one, replays):
+            for batch in self.args.batches:
                 what = f"{prompt.shape[1]:,} tokens, {name}, batch {batch}"
                 if self.is_late(what):
                     return
@@ -142,16 +140,7 @@ class Bench:
                     times["held"],
                     prefill_peak,
                     self.backend.peak_memory(),
-                    is_largest,
                 )
-
-    def _batches(self, one: Cache, replays: bool) -> list[tuple[int, bool]]:
-        """Batches to decode with, and whether it is the largest that fits."""
-        if self.args.batches:
-            return [(batch, False) for batch in self.args.batches]
-        largest = self._largest(one, replays)
-        smaller = [2**i for i in range(20) if 2**i < largest]
-        return [*((batch, False) for batch in smaller), (largest, True)]
 
     @torch.inference_mode()
     def _prefill(self, options: dict[str, Any] | None, prompt: torch.Tensor) -> tuple[Any, float]:
@@ -165,25 +154,6 @@ class Bench:
         dense = Cache(layers=[DenseLayer(n_rows) for _ in range(n_layers)])
         self.model.model(prompt[:, :-1], cache=dense, use_cache=True)
         return dense, 0.0
-
-    def _largest(self, one: Cache, replays: bool) -> int:
-        """The largest batch of which a step runs."""
-        if self.free_bytes is None:
-            return self.args.max_batch
-        batch = max(int(self.free_bytes / sum(x.nbytes for x in tensors(one))), 1)
-        while not self._fits(one, batch, replays):
-            batch = min(batch - 1, int(batch * 0.97))
-            if batch < 1:
-                raise InputError("not even a batch of one fits")
-        while self._fits(one, batch + 1, replays):
-            batch += 1
-        return batch
-
-    def _fits(self, one: Cache, batch: int, replays: bool) -> bool:
-        with contextlib.suppress(torch.OutOfMemoryError):
-            self._decode(one, batch, 2, replays)
-            return True
-        return False
 
     @torch.no_grad()
     def _decode(self, one: Cache, batch: int, n_steps: int, replays: bool) -> dict[str, Any]:

@@ -25,7 +25,6 @@ class Row:
     held_bytes: int
     prefill_peak_bytes: int
     peak_bytes: int
-    is_largest: bool
 
     @property
     def is_replayed(self) -> bool:
@@ -40,7 +39,7 @@ class Row:
         return {
             "tokens": f"{self.tokens:,}",
             "form": self.form,
-            "batch": f"{self.batch}{' (largest)' if self.is_largest else ''}",
+            "batch": str(self.batch),
             "prefill s": f"{self.prefill_s:.2f}",
             "factorize s": f"{self.factorize_s:.2f}",
             "step ms": f"{self.step_ms:.2f}",
@@ -61,10 +60,7 @@ def markdown(rows: list[dict[str, str]]) -> str:
 
 
 def summary(rows: list[Row]) -> list[str]:
-    """Each form beside full attention: at equal batches, and at the best batch of each.
-
-    At equal batches replays are beside replays, and ordinary steps beside ordinary ones.
-    """
+    """Each form beside full attention at equal batches; replays beside replays."""
     lines = []
     for n_tokens in dict.fromkeys(row.tokens for row in rows):
         of_length = [row for row in rows if row.tokens == n_tokens]
@@ -77,23 +73,4 @@ def summary(rows: list[Row]) -> list[str]:
                     f"{n_tokens:,} tokens, batch {row.batch}: a step of {row.form} runs at "
                     f"{ratio:.2f} x full attention's speed and holds 1/{held:.1f} of its bytes"
                 )
-        if full and any(row.is_largest for row in of_length):
-            lines += _best_batches(of_length)
     return lines
-
-
-def _best_batches(rows: list[Row]) -> list[str]:
-    """Each form of one length beside full attention, both at their best batch."""
-    best: dict[str, float] = {}
-    largest: dict[str, int] = {}
-    for row in rows:
-        form = FULL if row.is_full else row.form
-        best[form] = max(best.get(form, 0.0), row.tokens_per_s)
-        largest[form] = max(largest.get(form, 0), row.batch)
-    return [
-        f"{rows[0].tokens:,} tokens: {form} decodes {best[form] / best[FULL]:.2f} x as many "
-        f"tokens/s as full attention, each at its best batch; largest batch "
-        f"{largest[form]} against {largest[FULL]}"
-        for form in best
-        if form != FULL
-    ]

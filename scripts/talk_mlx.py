@@ -24,7 +24,7 @@ from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 import xkv
 from xkv.tiny import CHECKPOINT_DIR, make_document
 
-FULL_RANK = {"rank_k": "full", "rank_v": "full", "attention": "dense"}
+FULL_RANK = {"rank_k": "full", "rank_v": "full", "attention": "exact"}
 
 
 class Turn(NamedTuple):

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 import xkv
 from xkv.tiny import CHECKPOINT_DIR, make_document
 
-OPTIONS = {"rank_k": "full", "rank_v": "full", "attention": "dense"}
+OPTIONS = {"rank_k": "full", "rank_v": "full", "attention": "exact"}
 
 
 class Turn(NamedTuple):

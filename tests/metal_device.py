@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -39,3 +40,16 @@ def metal(request: pytest.FixtureRequest) -> MLXBackend:
     if "metal" in request.config.getoption("--require-backend"):
         need_device(request, "metal", False)
     return request.getfixturevalue("emulated")
+
+
+@pytest.fixture
+def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Replaces one occurrence of a text in a source, which is a module's attribute."""
+
+    def replace(place: tuple[Any, str], old: str, new: str, occurrence: int = 0) -> None:
+        pieces = getattr(*place).split(old)
+        assert occurrence + 1 < len(pieces), f"{old!r} is not in the source"
+        before, after = pieces[: occurrence + 1], pieces[occurrence + 1 :]
+        monkeypatch.setattr(*place, old.join(before) + new + old.join(after))
+
+    return replace

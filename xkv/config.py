@@ -10,19 +10,14 @@ from xkv.errors import InputError
 
 Rank = int | Literal["full"]
 
-AUTO_BUDGETS = 4
-"""Segments longer than this many budgets are attended to selectively by ``attention="auto"``.
-
-``scripts/bench_decode.py`` on the CPU, budget 512: dense attention, which is exact over the
-factors, costs 1.5 times selective at 2 budgets, 2.6 times at 4 and 4.1 times at 8.
-"""
-
-
 BAND = 64
 """Columns that share a number of bits, and in each row a scale and a bias."""
 
 DECODE_TOKENS = 16
 """A call of at most this many tokens (one, or a draft to verify) means that the prompt is over."""
+
+USUAL_COMPRESSION = 8
+"""For which the working set is sized where ranks are given instead."""
 
 MIN_WINDOW, MAX_WINDOW = 16, 128
 """Limits of ``window=None``."""
@@ -40,19 +35,27 @@ def buffer_rows(n_rows: int) -> int:
     return -(-(n_rows + n_rows // 16) // ROW_STEP) * ROW_STEP
 
 
+REBUILT = 256
+"""Rows that a step rebuilds for each KV head, where no budget is given.
+
+What more of them are worth, and cost: README, "On a real model" and "Decode attention".
+"""
+
+MAX_KEPT = 2048
+"""Rows of a working set, at most."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the rows of a prompt are divided.
 
     Args:
         n_rows: Rows of the segment; less than 1 if the prompt is too short.
-        n_outliers: Chunks a KV head that are also kept dense; 0 in dense attention.
-        is_selective: Whether decode selects chunks.
+        n_kept: Slots of the working set of each layer.
     """
 
     n_rows: int
-    n_outliers: int = 0
-    is_selective: bool = False
+    n_kept: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,14 +88,11 @@ class XKVConfig:
             take more than an eighth of the bytes that ``compression`` leaves.
         max_tail: Tokens after the window that are kept dense; when there are more, all but the
             window is folded into the compressed part.
-        attention: ``dense`` attends to every compressed row; ``selective`` to the ``budget`` rows
-            that matter most; ``auto`` is selective where the segment is longer than
-            ``AUTO_BUDGETS`` budgets.
-        budget: Tokens that a decode step reconstructs in selective attention.
-        chunk_size: Tokens that are selected together.
-        landmark_bits: 4, 8 or 16 bits for the chunks' summary keys.
-        outlier_chunks: Chunks a KV head that stay dense because their summary fits them least; None
-            is one in 170 (the paper's 48 at 65,536 tokens).
+        attention: ``auto`` attends to the stored rows that matter most, where there are more than a
+            step is worth; ``exact`` to every one.
+        budget: Stored rows that a decode step attends to, kept and rebuilt ones together; None
+            rebuilds 256 beside those that are kept.
+        kept_share: Share of the bytes held that the working set's kept rows may take.
         power_iterations: Subspace iterations of a prompt's factorization.
         seed: Seed of its random start.
 
@@ -116,11 +116,9 @@ class XKVConfig:
     sinks: int = 4
     window: int | None = None
     max_tail: int = 128
-    attention: Literal["auto", "dense", "selective"] = "auto"
-    budget: int = 2048
-    chunk_size: int = 8
-    landmark_bits: int = 8
-    outlier_chunks: int | None = None
+    attention: Literal["auto", "exact"] = "auto"
+    budget: int | None = None
+    kept_share: float = 0.125
     power_iterations: int = 3
     seed: int = 0
 
@@ -158,17 +156,15 @@ class XKVConfig:
             )
         if self.max_key_rank is not None and self.max_key_rank < BAND:
             raise InputError(f"max_key_rank={self.max_key_rank} must be at least {BAND}")
-        if self.attention not in ("auto", "dense", "selective"):
-            raise InputError(f"attention={self.attention!r} must be auto, dense or selective")
-        if self.chunk_size < 1 or self.budget < 1 or self.budget % self.chunk_size:
+        if self.attention not in ("auto", "exact"):
+            raise InputError(f"attention={self.attention!r} must be auto or exact")
+        if self.budget is not None and self.budget <= self.sinks + (self.window or MIN_WINDOW):
             raise InputError(
-                f"budget={self.budget} must be a multiple of chunk_size={self.chunk_size}, "
-                "both above 0"
+                f"budget={self.budget} must be above the sinks and the window, "
+                f"{self.sinks} + {self.window or MIN_WINDOW}"
             )
-        if self.landmark_bits not in (4, 8, 16):
-            raise InputError(f"landmark_bits={self.landmark_bits} must be 4, 8 or 16")
-        if self.outlier_chunks is not None and self.outlier_chunks < 0:
-            raise InputError(f"outlier_chunks={self.outlier_chunks} must not be negative")
+        if not 0 <= self.kept_share < 1:
+            raise InputError(f"kept_share={self.kept_share} must be at least 0 and below 1")
         if not self.value_rank_ratio > 0:
             raise InputError(f"value_rank_ratio={self.value_rank_ratio} must be above 0")
 
@@ -197,13 +193,21 @@ class XKVConfig:
         return MIN_WINDOW + max(n_fitting - 1, 0)
 
     def layout(self, n_tokens: int) -> Layout:
-        """Which of a prompt's rows are compressed, and whether decode selects among them."""
+        """Which of a prompt's rows are stored, and how many are kept in each working set."""
         n_rows = n_tokens - self.sinks - self.window_at(n_tokens)
-        n_chunks = n_rows // self.chunk_size
-        n_outliers = n_chunks // 170 if self.outlier_chunks is None else self.outlier_chunks
-        n_candidates = (n_chunks - n_outliers) * self.chunk_size
-        covers_all = self.budget >= n_candidates
-        is_long = n_rows > AUTO_BUDGETS * self.budget
-        if covers_all or self.attention == "dense" or (self.attention == "auto" and not is_long):
-            return Layout(n_rows)
-        return Layout(n_chunks * self.chunk_size, n_outliers, True)
+        n_kept = int(n_tokens * self.kept_share / (self.compression or USUAL_COMPRESSION))
+        n_kept = min(n_kept, MAX_KEPT, max(n_rows, 0))
+        if self.budget is not None:
+            n_kept = min(n_kept, self.budget * 7 // 8)
+        return Layout(n_rows, n_kept if self.rebuilt_at(n_rows, n_kept) else 0)
+
+    def rebuilt_at(self, n_rows: int, n_kept: int) -> int | None:
+        """Rows of a segment that a decode step rebuilds for each KV head, None for all.
+
+        Args:
+            n_rows: Of the segment.
+            n_kept: Those that the working set holds.
+        """
+        n_rebuilt = REBUILT if self.budget is None else max(self.budget - n_kept, 1)
+        is_all = self.attention == "exact" or n_rows <= n_kept + n_rebuilt
+        return None if is_all else n_rebuilt

@@ -83,7 +83,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     add("--lengths", "tokens of the documents", [1024, 2048, 4096, 8192], nargs="+", type=int)
     add(
         "--methods",
-        "methods beside the full cache, with options as in xkv:group_size=2,attention=selective "
+        "methods beside the full cache, with options as in xkv:group_size=2,attention=exact "
         f"(default: {' '.join(METHODS)}; for {KL}: {' '.join(kl.METHODS)})",
         nargs="+",
         metavar="METHOD",

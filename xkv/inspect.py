@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         InputError: If they cannot be met.
     """
-    config = config_from(args, args.model is None)
+    config = config_from(args)
     if config is None:
         raise InputError("--group-size 0 runs the full cache, which has nothing to inspect")
     new_figure(1, 1)  # a missing matplotlib is told before minutes of work

@@ -1,6 +1,7 @@
 """``python -m xkv.plan``: the longest context that fits into memory, by kind of KV cache.
 
-Only a model's ``config.json`` is read; :mod:`xkv.planning.footprint` has the formulas.
+And what a decode step takes on named chips, by arithmetic. Only a model's ``config.json`` is read;
+:mod:`xkv.planning.footprint` and :mod:`xkv.planning.decode_cost` have the formulas.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m xkv.plan",
         description="Say how long a context fits into memory with mlx-lm's caches and with xKV's, "
-        "from a model's config.json alone.",
+        "and what decode takes on named chips, from a model's config.json alone.",
     )
     parser.add_argument(
         "--model",

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from xkv.backends.mlx_metal.kernels import (
-    chunk_scores,
-    common,
-    lowrank_attention,
-    reconstruct_rows,
-    selected_attention,
-)
+from xkv.backends.mlx_metal.kernels import common, index_scores, rebuild_rows, weigh_rows
+from xkv.backends.mlx_metal.unpacking import codes_of
 from xkv.ops.backend import Backend
 from xkv.ops.kernels import KernelDispatch, KernelMode
-from xkv.ops.types import Array, Landmarks, RopeSpec, Segment
+from xkv.ops.latent import Latent
+from xkv.ops.types import Array, RopeSpec, Stored
 
 
 class MLXBackend(Backend):
@@ -34,10 +29,8 @@ class MLXBackend(Backend):
 
     def __init__(self, kernels: KernelMode = "auto") -> None:
         self.kernels = KernelDispatch(self, kernels, lambda: common.device_problem())
-        self._lowrank_attention = lowrank_attention.LowrankAttention(self)
-        self._selected_attention = selected_attention.SelectedAttention(self)
         self._freqs: dict[RopeSpec, Array] = {}
-        self._rotations: dict[tuple[int, RopeSpec], Callable[[Array, Array], Array]] = {}
+        self._rotations: dict[RopeSpec, Callable[[Array, Array], Array]] = {}
 
     @property
     def placement(self) -> dict[str, Any]:
@@ -86,7 +79,13 @@ class MLXBackend(Backend):
         self, x: Array, positions: Array | int, spec: RopeSpec, inverse: bool = False
     ) -> Array:
         if not isinstance(positions, int):
-            return super().rope(x, positions, spec, inverse)
+            if inverse:
+                return super().rope(x, positions, spec, inverse)
+            # about 15 small operations, fused by mx.compile into a few
+            if spec not in self._rotations:
+                plain = super().rope
+                self._rotations[spec] = mx.compile(lambda rows, at: plain(rows, at, spec))
+            return self._rotations[spec](x, positions)
         if spec not in self._freqs:
             self._freqs[spec] = self.constant(spec.freqs, mx.float32)
         freqs = self._freqs[spec]
@@ -103,16 +102,6 @@ class MLXBackend(Backend):
             freqs=-freqs if inverse else freqs,
         )
 
-    def rotate_runs(self, x: Array, starts: Array, run_length: int, spec: RopeSpec) -> Array:
-        # about 25 small operations, fused by mx.compile into a few
-        key = (run_length, spec)
-        if key not in self._rotations:
-            plain = super().rotate_runs
-            self._rotations[key] = mx.compile(
-                lambda rows, begins: plain(rows, begins, run_length, spec)
-            )
-        return self._rotations[key](x, starts)
-
     def top_indices(self, scores: Array, count: int) -> Array:
         order = mx.argpartition(-scores, kth=min(count, scores.shape[-1] - 1), axis=-1)
         # int32: unsigned numbers would turn all row arithmetic into int64
@@ -124,39 +113,29 @@ class MLXBackend(Backend):
 
     def dequantize(self, packed: tuple[Array, ...], group_size: int, bits: int) -> Array:
         words, scales, biases = packed
+        if mx.default_device() == mx.Device(mx.cpu):
+            codes = codes_of(words, bits).astype(scales.dtype)
+            groups = mx.reshape(codes, (*scales.shape, group_size))
+            numbers = groups * scales[..., None] + biases[..., None]
+            return mx.reshape(numbers, codes.shape)
         return mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
 
-    def quantized_matmul(
-        self,
-        x: Array,
-        packed: tuple[Array, ...],
-        group_size: int,
-        bits: int,
-        transpose: bool = True,
-    ) -> Array:
-        words, scales, biases = packed
-        if mx.default_device() == mx.Device(mx.cpu):
-            # the CPU's quantized_matmul takes up to fifty times as long as widening the codes
-            if bits == 8 and transpose:
-                return self._widened_product(x, packed, group_size)
-            matrix = self.dequantize(packed, group_size, bits)
-            matrix = matrix.swapaxes(-1, -2) if transpose else matrix
-            return (x.astype(mx.float32) @ matrix.astype(mx.float32)).astype(x.dtype)
-        return mx.quantized_matmul(
-            x, words, scales, biases, transpose=transpose, group_size=group_size, bits=bits
-        )
+    def logsumexp(self, x: Array) -> Array:
+        return mx.logsumexp(x, axis=-1)
 
-    def _widened_product(self, x: Array, packed: tuple[Array, ...], group_size: int) -> Array:
-        """``x @ dequantize(packed)^T`` of 8-bit codes without the dequantized matrix."""
-        words, scales, biases = packed
-        codes = mx.view(words, mx.uint8).astype(mx.float32).swapaxes(-1, -2)
-        products = []
-        for i in range(scales.shape[-1]):
-            group = slice(i * group_size, (i + 1) * group_size)
-            left = x[..., group].astype(mx.float32)
-            product = (left @ codes[..., group, :]) * scales[..., None, :, i]
-            products.append(product + left.sum(-1, keepdims=True) * biases[..., None, :, i])
-        return functools.reduce(mx.add, products).astype(x.dtype)
+    def take_along(self, x: Array, at: Array) -> Array:
+        return mx.take_along_axis(x, at[..., None] if x.ndim > at.ndim else at, axis=2)
+
+    def put_along(self, x: Array, at: Array, values: Array, in_place: bool = False) -> Array:
+        at = at[..., None] if x.ndim > at.ndim else at
+        return mx.put_along_axis(x, at, values.astype(x.dtype), axis=2)
+
+    def together(self, x: Array, others: Sequence[Array]) -> Array:
+        return mx.depends([x], list(others))[0]
+
+    def step_dtype(self, dtype: Any) -> Any:
+        # the CPU multiplies 16-bit matrices slowly
+        return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else dtype
 
     def active_memory(self) -> int:
         gc.collect()
@@ -169,45 +148,22 @@ class MLXBackend(Backend):
     def reset_peak_memory(self) -> None:
         mx.reset_peak_memory()
 
-    def lowrank_attention(
-        self,
-        queries: Array,
-        segment: Segment,
-        keys: Array,
-        values: Array,
-        scale: float,
-        mask: Array | None = None,
+    def rebuild_rows(self, stored: Stored, rows: Array) -> Array:
+        return self.kernels.run(
+            "rebuild_rows", rebuild_rows.KERNEL, super().rebuild_rows, stored, rows
+        )
+
+    def weigh_rows(self, latent: Latent, rows: Array, weights: Array) -> Array:
+        return self.kernels.run(
+            "weigh_rows", weigh_rows.KERNEL, super().weigh_rows, latent, rows, weights
+        )
+
+    def index_scores(
+        self, absorbed: Array, latent: Latent, offsets: Array, n_kv_heads: int
     ) -> Array:
         return self.kernels.run(
-            "lowrank_attention",
-            self._lowrank_attention,
-            super().lowrank_attention,
-            *(queries, segment, keys, values, scale, mask),
-        )
-
-    def reconstruct_rows(self, segment: Segment, rows: Array) -> Array:
-        return self.kernels.run(
-            "reconstruct_rows", reconstruct_rows.KERNEL, super().reconstruct_rows, segment, rows
-        )
-
-    def chunk_scores(self, queries: Array, landmarks: Landmarks, scale: float) -> Array:
-        return self.kernels.run(
-            "chunk_scores", chunk_scores.KERNEL, super().chunk_scores, queries, landmarks, scale
-        )
-
-    def selected_attention(
-        self,
-        queries: Array,
-        segment: Segment,
-        chunks: Array,
-        chunk_size: int,
-        keys: Array,
-        values: Array,
-        scale: float,
-    ) -> Array:
-        return self.kernels.run(
-            "selected_attention",
-            self._selected_attention,
-            super().selected_attention,
-            *(queries, segment, chunks, chunk_size, keys, values, scale),
+            "index_scores",
+            index_scores.KERNEL,
+            super().index_scores,
+            *(absorbed, latent, offsets, n_kv_heads),
         )

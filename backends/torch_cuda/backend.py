@@ -17,7 +17,8 @@ from xkv.backends.torch_cuda import bit_packing
 from xkv.backends.torch_cuda import kernels as triton_kernels
 from xkv.ops.backend import Backend
 from xkv.ops.kernels import KernelDispatch, KernelMode
-from xkv.ops.types import Array, Landmarks, Segment
+from xkv.ops.latent import Latent
+from xkv.ops.types import Array, Stored
 
 logger = logging.getLogger("xkv")
 
@@ -137,16 +138,22 @@ class TorchBackend(Backend):
         groups = codes.reshape(*scales.shape, group_size)
         return (groups * scales[..., None] + biases[..., None]).flatten(-2)
 
-    def quantized_matmul(
-        self,
-        x: Array,
-        packed: tuple[Array, ...],
-        group_size: int,
-        bits: int,
-        transpose: bool = True,
-    ) -> Array:
-        matrix = self.dequantize(packed, group_size, bits)
-        return x @ (matrix.mT if transpose else matrix)
+    def logsumexp(self, x: Array) -> Array:
+        return torch.logsumexp(x, dim=-1)
+
+    def take_along(self, x: Array, at: Array) -> Array:
+        at = at.long() if x.ndim == at.ndim else at.long()[..., None]
+        return torch.take_along_dim(x, at, dim=2)
+
+    def put_along(self, x: Array, at: Array, values: Array, in_place: bool = False) -> Array:
+        at = at.long() if x.ndim == at.ndim else at.long()[..., None].expand_as(values)
+        values = values.to(x.dtype).expand_as(at)
+        return x.scatter_(2, at, values) if in_place else x.scatter(2, at, values)
+
+    def step_dtype(self, dtype: Any) -> Any:
+        # the CPU multiplies 16-bit matrices slowly
+        is_short = dtype in (torch.float16, torch.bfloat16)
+        return torch.float32 if self.device.type == "cpu" and is_short else dtype
 
     def active_memory(self) -> int:
         gc.collect()
@@ -171,65 +178,22 @@ class TorchBackend(Backend):
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def lowrank_attention(
-        self,
-        queries: Array,
-        segment: Segment,
-        keys: Array,
-        values: Array,
-        scale: float,
-        mask: Array | None = None,
+    def rebuild_rows(self, stored: Stored, rows: Array) -> Array:
+        return self.kernels.run(
+            "rebuild_rows", triton_kernels.REBUILD_ROWS, super().rebuild_rows, stored, rows
+        )
+
+    def weigh_rows(self, latent: Latent, rows: Array, weights: Array) -> Array:
+        return self.kernels.run(
+            "weigh_rows", triton_kernels.WEIGH_ROWS, super().weigh_rows, latent, rows, weights
+        )
+
+    def index_scores(
+        self, absorbed: Array, latent: Latent, offsets: Array, n_kv_heads: int
     ) -> Array:
         return self.kernels.run(
-            "lowrank_attention",
-            triton_kernels.LOWRANK_ATTENTION,
-            super().lowrank_attention,
-            queries,
-            segment,
-            keys,
-            values,
-            scale,
-            mask,
-        )
-
-    def reconstruct_rows(self, segment: Segment, rows: Array) -> Array:
-        return self.kernels.run(
-            "reconstruct_rows",
-            triton_kernels.RECONSTRUCT_ROWS,
-            super().reconstruct_rows,
-            segment,
-            rows,
-        )
-
-    def chunk_scores(self, queries: Array, landmarks: Landmarks, scale: float) -> Array:
-        return self.kernels.run(
-            "chunk_scores",
-            triton_kernels.CHUNK_SCORES,
-            super().chunk_scores,
-            queries,
-            landmarks,
-            scale,
-        )
-
-    def selected_attention(
-        self,
-        queries: Array,
-        segment: Segment,
-        chunks: Array,
-        chunk_size: int,
-        keys: Array,
-        values: Array,
-        scale: float,
-    ) -> Array:
-        return self.kernels.run(
-            "selected_attention",
-            triton_kernels.SELECTED_ATTENTION,
-            super().selected_attention,
-            queries,
-            segment,
-            chunks,
-            chunk_size,
-            keys,
-            values,
-            scale,
+            "index_scores",
+            triton_kernels.INDEX_SCORES,
+            super().index_scores,
+            *(absorbed, latent, offsets, n_kv_heads),
         )

@@ -27,15 +27,22 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def unpack(words: torch.Tensor, bits: int) -> torch.Tensor:
-    """The inverse of :func:`pack`: int32 ``[..., N * bits / 32]`` -> int32 ``[..., N]``."""
+    """The inverse of :func:`pack`: int32 ``[..., N * bits / 32]`` -> whole numbers ``[..., N]``."""
+    if bits == 8:
+        return words.contiguous().view(torch.uint8)
     if WORD % bits == 0:
         shifts = torch.arange(0, WORD, bits, device=words.device, dtype=torch.int32)
         return ((words[..., None] >> shifts) & (2**bits - 1)).flatten(-2)
-    in_bytes = words.contiguous().view(torch.uint8)
-    in_bytes = in_bytes.reshape(*words.shape[:-1], -1, bits)
-    runs = torch.nn.functional.pad(in_bytes, (0, RUN - bits)).view(torch.int64)
-    codes = (runs >> _shifts(bits, words.device)) & (2**bits - 1)
-    return codes.to(torch.int32).flatten(-2)
+    # four codes begin at a byte or, every other four of 5 bits, in the middle of one
+    in_bytes = words.contiguous().view(torch.uint8).to(torch.int32)
+    in_bytes = in_bytes.reshape(*words.shape[:-1], -1, 5 if bits == 5 else 3)
+    first, second, third = (in_bytes[..., i] for i in range(3))
+    runs = first | second << 8 | third << 16
+    if bits == 5:
+        runs = torch.stack([runs, third >> 4 | in_bytes[..., 3] << 4 | in_bytes[..., 4] << 12], -1)
+    n_codes = 8 if bits == 3 else 4
+    shifts = torch.arange(0, n_codes * bits, bits, device=words.device, dtype=torch.int32)
+    return ((runs[..., None] >> shifts) & (2**bits - 1)).reshape(*words.shape[:-1], -1)
 
 
 def _shifts(bits: int, device: torch.device) -> torch.Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from tests.cache.settings import Setting
 from tests.cache.twin import Pair, attention, row_error
+from xkv.cache.rows import LayerRows
 from xkv.checks.invariants import broken_invariants
 from xkv.ops.backend import Backend
 
@@ -55,51 +58,65 @@ class Checking:
         n_queries, offset = queries.shape[2], layer.offset
         scale = s.head_dim**-0.5
         seen = np.arange(offset - n_queries, offset)[:, None] >= np.arange(offset)
-        mask = None if n_queries == 1 else self.backend.from_numpy(seen)
-        got = self.backend.to_numpy(layer.attend(queries, scale, mask))
+        # a mask is any mask: it is seen to, over every row
+        mask = self.backend.from_numpy(seen) if self.random.random() < 0.2 else None
+        rows = layer.view.filled()
+        layer.rows = rows
         if s.is_exact:
-            keys, values = pair.keys[layer_idx], pair.values[layer_idx]
+            keys, values = pair.keys[layer_idx].copy(), pair.values[layer_idx].copy()
         else:
-            keys, values = (self.backend.to_numpy(x) for x in layer.dense())
-        attended = np.broadcast_to(seen, (s.batch, s.n_kv_heads, n_queries, offset))
-        if layer.is_compressed and layer.landmarks is not None and n_queries == 1:
-            attended = self.selected(pair, layer_idx, queries, scale)
-            if not s.is_exact:
-                keys, values = self.with_outliers(pair, layer_idx, keys, values)
+            keys, values = (np.array(self.backend.to_numpy(x)) for x in layer.dense())
+        beside = [x.copy() for x in (keys, values)]
+        kept = self.kept(rows, *beside)
+        with spied_rows(self.backend) as rebuilt:
+            got = self.backend.to_numpy(layer.attend(queries, scale, mask))
+        attended = np.broadcast_to(seen, (s.batch, s.n_kv_heads, n_queries, offset)).copy()
+        if rebuilt:
+            keys, values = beside
+            chosen = [rebuilt[0], *kept]
+            self.check_chosen(layer_idx, rows, chosen)
+            start, end = rows.start, rows.start + rows.n_segment
+            attended[..., start:end] = False
+            for at in chosen:
+                places = np.broadcast_to(
+                    at[:, :, None] + start, (*at.shape[:2], n_queries, at.shape[2])
+                )
+                np.put_along_axis(attended, places, True, axis=-1)
         want = attention(self.backend.to_numpy(queries), keys, values, attended, scale)
         error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-6)
         assert error <= 2e-3, (error, layer.rows.n_segment)
 
-    def selected(self, pair: Pair, layer_idx: int, queries: Any, scale: float) -> np.ndarray:
-        """Which rows a step attends to: all that are dense, and the chosen chunks."""
-        layer, backend = pair.cache.layers[layer_idx], self.backend
-        rows = layer.rows
-        assert rows.landmarks is not None
-        size, start = rows.landmarks.chunk_size, rows.start
-        # every row of the segment is in a chunk, or nothing could choose it
-        assert rows.landmarks.n_chunks * size == rows.n_segment
-        chunks = backend.to_numpy(
-            backend.select_chunks(queries, rows.landmarks, self.setting.config.budget, scale)
-        )
-        attended = np.ones((*chunks.shape[:2], 1, layer.offset), bool)
-        attended[..., start : start + rows.n_segment] = False
-        outliers = backend.to_numpy(rows.landmarks.is_outlier)
-        for batch, head in np.ndindex(*chunks.shape[:2]):
-            for chunk in (*chunks[batch, head], *np.nonzero(outliers[batch, head])[0]):
-                first = start + int(chunk) * size
-                attended[batch, head, 0, first : first + size] = True
-        return attended
+    def kept(self, rows: LayerRows, keys: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
+        """Numbers of a working set's rows; they go into all rows as the slots hold them."""
+        if not rows.n_kept:
+            return []
+        numbers = np.array(self.backend.to_numpy(rows.kept_rows))
+        slots = slice(rows.start, rows.start + rows.n_kept)
+        for all_rows, buffer in ((keys, rows.keys), (values, rows.values)):
+            held = self.backend.to_numpy(buffer.rows)[..., slots, :]
+            np.put_along_axis(all_rows, numbers[..., None] + rows.start, held, axis=2)
+        return [numbers]
 
-    def with_outliers(
-        self, pair: Pair, layer_idx: int, keys: np.ndarray, values: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Rows with the outlier chunks' exact ones in their places."""
-        rows = pair.cache.layers[layer_idx].rows
-        assert rows.landmarks is not None
-        size, start = rows.landmarks.chunk_size, rows.start
-        outliers = self.backend.to_numpy(rows.landmarks.is_outlier)
-        keys, values = keys.copy(), values.copy()
-        for batch, head, chunk in zip(*np.nonzero(outliers), strict=True):
-            at = (batch, head, slice(start + chunk * size, start + (chunk + 1) * size))
-            keys[at], values[at] = pair.keys[layer_idx][at], pair.values[layer_idx][at]
-        return keys, values
+    def check_chosen(self, layer_idx: int, rows: LayerRows, chosen: list[np.ndarray]) -> None:
+        """As many rows as the configuration says, each once."""
+        n_rebuilt = self.setting.config.rebuilt_at(rows.n_segment, rows.n_kept)
+        assert [x.shape[-1] for x in chosen] == [n_rebuilt, rows.n_kept][: len(chosen)]
+        for each in np.concatenate(chosen, axis=-1).reshape(-1, n_rebuilt + rows.n_kept):
+            assert len(set(each.tolist())) == len(each), (layer_idx, each)
+            assert each.min() >= 0 and each.max() < rows.n_segment
+
+
+@contextlib.contextmanager
+def spied_rows(backend: Backend) -> Iterator[list[np.ndarray]]:
+    """Inside, the rows that steps rebuild are noted."""
+    seen: list[np.ndarray] = []
+
+    def rebuild(stored: Any, rows: Any) -> Any:
+        seen.append(np.array(backend.to_numpy(rows)))
+        return type(backend).rebuild_rows(backend, stored, rows)
+
+    backend.rebuild_rows = rebuild  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        del backend.rebuild_rows

@@ -198,6 +198,23 @@ class CacheMachine(Checking, RuleBasedStateMachine):
         pair.cache.settle()
         self.check(pair)
 
+    @precondition(lambda self: not self.setting.is_mla)
+    @rule(data=st.data(), at=st.integers(1, 60))
+    def interrupt_step(self, data: Any, at: int) -> None:
+        """A call ends early, and the cache goes back to what it was before it."""
+        pair = self.any_pair(data)
+        before, rows = pair.cache.snapshot(), (list(pair.keys), list(pair.values))
+        topics = pair.topics
+        with failing(self.backend, at, KeyboardInterrupt):
+            try:
+                self.say(pair, 1)
+            except KeyboardInterrupt:
+                pair.cache.restore(before)
+                pair.keys[:], pair.values[:], pair.topics = *rows, topics
+        self.check(pair)
+        self.say(pair, 1)
+        self.check(pair)
+
     @precondition(lambda self: not self.setting.is_streaming)
     @rule(data=st.data(), layer_idx=st.integers(0, 3), n_rows=st.sampled_from((20, 150)))
     def not_a_number(self, data: Any, layer_idx: int, n_rows: int) -> None:

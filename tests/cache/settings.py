@@ -88,7 +88,6 @@ def settings_of(draw: Any) -> Setting:
     n_kv_heads = draw(st.sampled_from((1, 2))) if head_dim <= 128 else 1
     groups = draw(st.sampled_from((((0, 1),), ((0,), (1, 2)), ((0, 2), (1, 3)), ((0,),))))
     is_mla = draw(st.sampled_from((False,) * 7 + (True,)))
-    chunk_size = draw(st.sampled_from((1, 4, 8)))
     size: dict[str, Any] = draw(
         st.sampled_from(
             (
@@ -107,11 +106,9 @@ def settings_of(draw: Any) -> Setting:
         sinks=draw(st.sampled_from((0, 2, 4))),
         window=draw(st.sampled_from((0, 8, 16, None))),
         max_tail=draw(st.sampled_from((1, 16, 40))),
-        attention="dense" if is_mla else draw(st.sampled_from(("auto", "dense", "selective"))),
-        budget=chunk_size * draw(st.sampled_from((4, 8))),
-        chunk_size=chunk_size,
-        landmark_bits=draw(st.sampled_from((4, 8, 16))),
-        outlier_chunks=draw(st.sampled_from((None, 0, 2))),
+        attention=draw(st.sampled_from(("auto", "auto", "exact"))),
+        budget=draw(st.sampled_from((None, 24, 40))),
+        kept_share=draw(st.sampled_from((0.0, 0.125, 0.5))),
     )
     return Setting(
         config,

@@ -11,7 +11,8 @@ from tests.cache.conversation import HEAD_DIM, N_KV_HEADS, Conversation
 from xkv import load_backend
 from xkv.checks.invariants import broken_invariants
 
-SELECTIVE = {"attention": "selective", "budget": 32, "chunk_size": 8}
+SET = {"budget": 40}
+FORMS = {"exact": {"attention": "exact"}, "set": SET}
 
 
 @pytest.fixture(scope="module", params=["mlx", "torch"])
@@ -19,14 +20,12 @@ def backend(request):
     return load_backend(request.param)
 
 
-@pytest.mark.parametrize("attention", ["auto", "selective"])
-def test_rows_after_an_edit_are_attended_to(backend, attention):
-    """A prompt long enough for selection, cut to where ``auto`` would not select, grows again."""
-    options = {"budget": 64, "chunk_size": 1, "attention": attention}
-    talk = Conversation(backend, rank=128, rank_k="full", rank_v="full", **options)
+def test_rows_after_an_edit_are_attended_to(backend):
+    """A prompt long enough for a working set, cut to where none is used, grows again."""
+    talk = Conversation(backend, rank=128, rank_k="full", rank_v="full", budget=100)
     talk.say(400)
     talk.reply(1)
-    assert talk.cache.layers[0].landmarks is not None
+    assert talk.cache.layers[0].rows.n_kept
     talk.trim_to(100)
     talk.say(110)
     talk.reply(3)
@@ -43,7 +42,7 @@ def test_rows_after_an_edit_are_attended_to(backend, attention):
     assert np.linalg.norm(got - want) < 1e-2 * np.linalg.norm(want)
 
 
-@pytest.mark.parametrize("options", [{}, SELECTIVE], ids=["dense", "selective"])
+@pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
 def test_any_length_can_be_trimmed_to(backend, options):
     talk = Conversation(backend, head_dim=64, compression=4.0, **options)
     talk.say(300)
@@ -61,16 +60,7 @@ def test_any_length_can_be_trimmed_to(backend, options):
                 assert np.linalg.norm(got - want) <= 0.05 * np.linalg.norm(want)
 
 
-def test_a_tail_shorter_than_a_chunk_waits(backend):
-    talk = Conversation(backend, rank_k=12, rank_v=12, max_tail=1, chunk_size=8)
-    talk.say(100)
-    for n_tokens in (1, 1, 5, 1, 30, 1):
-        talk.say(n_tokens)
-        assert broken_invariants(talk.cache) == []
-    assert talk.error() < 1e-4
-
-
-@pytest.mark.parametrize("options", [{}, SELECTIVE], ids=["dense", "selective"])
+@pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
 @pytest.mark.parametrize("compression", [2.0, 3.0])
 def test_a_batch_meets_the_ratio_of_one(backend, compression, options):
     for batch in (1, 3):
@@ -79,10 +69,10 @@ def test_a_batch_meets_the_ratio_of_one(backend, compression, options):
         talk.reply(1)
         dense = batch * 1501 * 2 * 2 * 2 * 64 * 4
         assert talk.cache.dense_bytes() == dense
-        # at 2 all columns fit in full
-        assert 0.98 <= dense / talk.cache.held_bytes() / compression < 1.15
+        # at the most all columns are held in 8 of 32 bits
+        assert 0.98 * compression <= dense / talk.cache.held_bytes() < 4.2
         # one sequence's budget for three would lose a hundred times as much
-        assert talk.error() < 1e-5
+        assert talk.error() < 0.005
 
 
 def test_a_batch_is_compressed_from_the_length_on_at_which_one_prompt_is(backend):

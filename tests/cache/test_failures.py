@@ -13,11 +13,10 @@ from tests.cache.twin import failing
 from xkv import InputError, load_backend
 from xkv.checks.invariants import broken_invariants
 
-SELECTIVE = {"attention": "selective", "budget": 16, "chunk_size": 8}
 FORMS = {
     "ranks": ({"rank_k": 12, "rank_v": 12}, 1e-4),
     "bits": ({"compression": 2.0}, 0.02),
-    "selective": ({"compression": 2.0, **SELECTIVE}, 0.02),
+    "set": ({"compression": 2.0, "budget": 40, "kept_share": 0.5}, 0.02),
 }
 """Options, and the error that is left."""
 

@@ -7,8 +7,9 @@ import copy
 import numpy as np
 import pytest
 
-from tests.cache.conversation import HEAD_DIM, N_KV_HEADS, WIDTH, Conversation
+from tests.cache.conversation import WIDTH, Conversation
 from xkv import load_backend
+from xkv.checks.invariants import broken_invariants
 
 
 @pytest.fixture(scope="module", params=["mlx", "torch"])
@@ -52,46 +53,43 @@ def test_later_rows_that_fit_badly_are_reported(backend, form):
     assert talk.error(last=60) == pytest.approx(share**0.5, rel=0.3)
 
 
-def test_landmarks_grow_with_the_segment(backend):
-    talk = Conversation(
-        backend, rank_k=12, rank_v=12, attention="selective", outlier_chunks=2, landmark_bits=16
-    )
+def test_a_working_set_grows_with_the_segment(backend):
+    """Up to what is its own at a prompt of that length, and no step makes it anew."""
+    talk = Conversation(backend, rank_k=12, rank_v=12, budget=100, kept_share=0.5)
     talk.say(402)
-    talk.reply(120)
+    talk.reply(1)
     first = talk.cache.layers[0]
-    assert first.rows.n_segment > 384
-    assert first.landmarks.n_chunks * 8 == first.rows.n_segment
-    keys = talk.backend.to_numpy(first.dense()[0])[..., 2 : 2 + first.rows.n_segment, :]
-    means = keys.reshape(1, N_KV_HEADS, -1, 8, HEAD_DIM).mean(axis=3)
-    got = talk.backend.to_numpy(first.landmarks.arrays[0])
-    np.testing.assert_allclose(got, means, atol=1e-3)
+    assert first.rows.n_kept == 402 // 16
+    numbers = backend.to_numpy(first.rows.kept_rows)
+    np.testing.assert_array_equal(numbers[0, 0], np.arange(384 - 25, 384))
+    talk.reply(120)
+    assert first.rows.n_segment // 16 < first.rows.n_kept <= first.offset // 16
+    assert broken_invariants(talk.cache) == []
 
 
 @pytest.mark.parametrize("n_trimmed", [5, 30, 60, 120, 290])
-@pytest.mark.parametrize("attention", ["dense", "selective"])
+@pytest.mark.parametrize("attention", ["auto", "exact"])
 def test_trim_reaches_every_part(backend, n_trimmed, attention):
-    talk = Conversation(backend, rank_k=12, rank_v=12, attention=attention, outlier_chunks=2)
+    talk = Conversation(backend, rank_k=12, rank_v=12, attention=attention, kept_share=0.5)
     talk.say(250)
     talk.reply(50)
     for layer in talk.cache.layers.values():
         assert layer.trim(n_trimmed) == n_trimmed
         assert layer.offset == 300 - n_trimmed
-    assert talk.error() < 1e-4
+    assert talk.error() < 1e-4 and broken_invariants(talk.cache) == []
 
 
-def test_trim_keeps_selecting(backend):
-    talk = Conversation(
-        backend, rank_k=12, rank_v=12, attention="selective", outlier_chunks=2, landmark_bits=16
-    )
+def test_slots_hold_no_row_that_was_cut_off(backend):
+    talk = Conversation(backend, rank_k=12, rank_v=12, kept_share=0.5, budget=80)
     talk.say(402)
     talk.reply(1)
-    for layer in talk.cache.layers.values():
-        layer.trim(101)
-    first = talk.cache.layers[0]
-    assert first.rows.n_segment % 8 == 0
-    assert first.landmarks.n_chunks * 8 == first.rows.n_segment
-    assert not talk.backend.to_numpy(first.landmarks.is_outlier).any()
-    assert first.rows.n_outlier_rows == 0
+    for n_left, n_kept in ((380, 25), (200, 25), (30, 25), (20, 18)):
+        talk.trim_to(n_left)
+        rows = talk.cache.layers[0].rows
+        assert rows.n_kept == n_kept
+        assert backend.to_numpy(rows.kept_rows).max() == rows.n_segment - 1
+        assert broken_invariants(talk.cache) == []
+    assert talk.error() < 1e-4
 
 
 def test_a_latent_trimmed_to_less_than_half_is_freed(backend):

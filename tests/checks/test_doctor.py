@@ -10,17 +10,22 @@ import pytest
 from xkv import doctor
 from xkv.backends.mlx_metal.kernels import common
 from xkv.checks import machine
+from xkv.checks.decode_step import Timing
+from xkv.planning.chips import Chip
+from xkv.store.shapes import GroupShape
 
-SMALL = ["--lengths", "300", "--json"]
+SMALL = ["--lengths", "600", "--json"]
 
 
 @pytest.fixture(autouse=True)
 def small_shapes(monkeypatch):
     from dataclasses import replace
 
-    small = replace(machine.LLAMA_8B, n_heads=4, n_kv_heads=2, rank_k=16, rank_v=24, budget=64)
-    monkeypatch.setattr(machine, "LLAMA_8B", small)
-    monkeypatch.setattr(machine, "CHECK_TOKENS", 300)
+    model = replace(machine.LLAMA_8B.model, n_heads=4, group=GroupShape(4, 2, 64, 64))
+    monkeypatch.setattr(machine, "LLAMA_8B", replace(machine.LLAMA_8B, model=model))
+    monkeypatch.setattr(machine, "CHECK_TOKENS", 600)
+    monkeypatch.setitem(machine.COPIED_BYTES, "cpu", 1 << 20)
+    monkeypatch.setitem(machine.SIDE, "cpu", 64)
 
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="this machine has a Metal device")
@@ -33,9 +38,19 @@ def test_doctor_says_what_could_not_be_checked(capsys, backend):
         assert "could not be checked here" in report["verdict"]
         assert "no" in report["kernels"][0]["why"] and "Metal" in report["kernels"][0]["why"]
     names = [kernel["kernel"] for kernel in report["kernels"]]
-    assert len(names) == 21
-    assert "selected_attention, packed" in names
-    assert report["attention"][0]["selective_ms"] > 0
+    assert sorted(set(names)) == [
+        "index_scores",
+        "index_scores, packed",
+        "rebuild_rows",
+        "rebuild_rows, packed",
+        "weigh_rows",
+        "weigh_rows, packed",
+    ]
+    assert len(names) == 6 * len(machine.DTYPES)
+    (timed,) = report["attention"]
+    assert timed["tokens"] == 600 and timed["working_set_ms"] > 0 and timed["full_ms"] > 0
+    (estimate,) = report["estimate"]["decode"]
+    assert estimate["tokens"] == 600 and report["estimate"]["bandwidth"] > 0
     assert report["packages"]["mlx"] and report["machine"]
 
 
@@ -58,5 +73,27 @@ def test_doctor_shows_the_compilers_words_and_exits_with_1(capsys, monkeypatch):
 
 
 def test_doctor_leaves_out_what_would_take_too_long(capsys):
-    doctor.main(["--lengths", "300", "100000000", "--max-seconds", "1"])
+    doctor.main(["--lengths", "600", "100000000", "--max-seconds", "1"])
     assert "left out: would take about" in capsys.readouterr().out
+
+
+def test_estimate_is_arithmetic_on_measured_rates(monkeypatch, reference):
+    chip = Chip("toy", 100e9, 1e12, 0.0, True)
+    monkeypatch.setattr(machine, "measured_chip", lambda backend: chip)
+    said = []
+    found = machine._estimate(reference, [2000], said.append)
+    # a small layer's rows in 16 bits and the weights, at 100 GB/s
+    read = 32 * 2000 * 2 * 2 * 64 * 2 + machine.LLAMA_8B.model.weight_bytes
+    (entry,) = found["decode"]
+    assert entry["full_ms"] == pytest.approx(1e3 * read / 100e9)
+    assert said[0].startswith("estimate  100 GB/s and 1 TFLOP/s measured")
+    assert f"{entry['working_set_ms']:.1f} ms a token at 2000" in said[0]
+
+
+def test_rates_are_what_is_done_in_a_second(monkeypatch, mlx_backend):
+    timings = {"copy": Timing(2.0, 2.0, 2.0), "product": Timing(4.0, 4.0, 4.0)}
+    monkeypatch.setattr(machine, "time_alternating", lambda *_: timings)
+    chip = machine.measured_chip(mlx_backend)
+    # a mebibyte read and written; 64 x 64 x 64 products and sums
+    assert chip.bandwidth == pytest.approx(2 * (1 << 20) / 2e-3)
+    assert chip.products == pytest.approx(2 * 64**3 / 4e-3)

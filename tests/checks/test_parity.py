@@ -27,7 +27,7 @@ def test_planted_fault_is_a_miss_and_exit_code_1(capsys, monkeypatch):
         parity.main([])
     assert stop.value.code == 1
     misses = [line for line in capsys.readouterr().out.splitlines() if "MISS" in line]
-    assert any(line.startswith("reconstruct_keys") for line in misses)
+    assert any(line.startswith("attend_all") for line in misses)
     assert not any("torch" in line for line in misses)
 
 

@@ -25,7 +25,7 @@ MISTAKES = [
     ("chat", "--max-tokens 0", "--max-tokens 0 must be at least 1"),
     ("chat", "--max-kv-size 100", "--max-kv-size changes mlx-lm's own cache"),
     ("server", "--prefill-step-size 4", "must be above 16"),
-    ("cache_prompt", "--budget 101 --prompt-cache-file x", "multiple of chunk_size"),
+    ("cache_prompt", "--budget 20 --prompt-cache-file x", "must be above the sinks and the window"),
     ("plan", "--memory -1", "--memory"),
     ("parity", "--max-tokens 0", "--max-tokens 0"),
     ("doctor", "--lengths 0", "--lengths 0 must be at least 256"),

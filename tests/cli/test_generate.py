@@ -39,11 +39,11 @@ def test_full_cache_answers(full_cache):
     "config",
     [
         EXACT,
-        XKVConfig(compression=3, group_size=8, **WINDOW),
+        XKVConfig(compression=3, group_size=8, attention="exact", **WINDOW),
         XKVConfig(compression=3, group_size=8, basis="prompt", **WINDOW),
-        XKVConfig(compression=3, group_size=8, attention="selective", budget=256, **WINDOW),
+        XKVConfig(compression=3, group_size=8, budget=256, **WINDOW),
     ],
-    ids=["exact", "dense", "prompt", "selective"],
+    ids=["exact", "every row", "prompt", "working set"],
 )
 def test_compressed_cache_answers_the_same(engine, full_cache, config):
     said = []
@@ -67,7 +67,7 @@ def test_compressed_cache_answers_the_same(engine, full_cache, config):
         assert result.basis_bytes == 0
     assert result.notice is None and result.factorize_seconds > 0
     if config is not EXACT:
-        assert ("MB of what is held" in result.detail) == (config.attention == "selective")
+        assert ("MB of what is held" in result.detail) == (config.attention == "auto")
         assert result.dense_bytes / result.held_bytes > 2.8
         # MLX serves arrays this small from freed buffers up to two pages larger, if there are any;
         # test_mlx_cache has 2 %
@@ -134,7 +134,7 @@ def test_short_prompt_stays_dense_and_the_output_says_so(capsys):
         (["--compression", "0.5"], "compression=0.5 must be above 1"),
         (["--group-size", "0", "--compression", "4"], "contradicts"),
         (["--group-size", "-1"], "group_size=-1"),
-        (["--budget", "101"], "multiple of chunk_size=2"),
+        (["--budget", "20"], "above the sinks and the window, 4 + 16"),
         (["--max-tokens", "0"], "--max-tokens 0"),
         (["--draft-model", "a", "--prompt-cache-file", "b"], "--draft-model needs the whole"),
         (["--prefill-step-size", "16"], "--prefill-step-size 16 must be above 16"),

@@ -59,13 +59,14 @@ def test_errors_are_those_of_the_factors(model, report):
         assert errors[7] is None
         for number, layers in enumerate(CONFIG.groups):
             factors = getattr(cache.groups[number], tensor)
-            latent = to_numpy(factors.latent.array)[0].astype(np.float64)
+            latent = to_numpy(factors.latent.unpack(document.backend))[0].astype(np.float64)
             squared = energy = 0.0
             for layer, basis in zip(layers, factors.basis.layers, strict=True):
                 rows = to_numpy(document.plain_rows(tensor, layer)).astype(np.float64)
                 rows = rows[CONFIG.sinks : CONFIG.sinks + len(latent)]
                 lost = np.linalg.norm(
-                    latent @ to_numpy(basis.array)[0].reshape(len(latent[0]), -1) - rows
+                    latent @ to_numpy(basis.unpack(document.backend))[0].reshape(len(latent[0]), -1)
+                    - rows
                 )
                 assert errors[layer] == pytest.approx(lost / np.linalg.norm(rows), rel=1e-3)
                 squared, energy = squared + lost**2, energy + np.linalg.norm(rows) ** 2

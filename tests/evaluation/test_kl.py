@@ -109,10 +109,10 @@ def test_a_layer_without_values_stands_out(model, text, tmp_path):
 
 def test_selected_rows_are_chosen_for_each_token(torch_model, tmp_path):
     text = Text("story", tuple(torch_model.encode(make_document(3, 450).text)), 3)
-    options = "group_size=4,compression=2,budget=32,chunk_size=2,outlier_chunks=0,window=16"
-    labels = [f"xkv:{options},attention={kind}" for kind in ("dense", "selective")]
-    dense, selective = (run(torch_model, text, tmp_path, labels)[label] for label in labels)
-    assert selective["kl"] > dense["kl"] > 0
+    options = "group_size=4,compression=2,budget=32,window=16"
+    labels = [f"xkv:{options},attention={kind}" for kind in ("exact", "auto")]
+    exact, chosen = (run(torch_model, text, tmp_path, labels)[label] for label in labels)
+    assert chosen["kl"] > exact["kl"] > 0
 
 
 def test_methods_that_cannot_are_told(torch_model, tmp_path):
@@ -199,7 +199,8 @@ def test_no_plot_where_nothing_has_a_score(tmp_path, capsys):
 def test_default_methods_are_known():
     settings = make_settings(evaluate.kl.METHODS, evaluate.kl.RATIOS)
     assert settings[0].label == "full"
-    assert [x.ratio for x in settings if x.label == "xkv"] == [4, 6, 8, 12, 16]
+    ratios = [x.ratio for x in settings if x.label == "xkv:attention=exact"]
+    assert ratios == [4, 6, 8, 12, 16]
     assert len(settings) == 1 + 4 + 3 + 5 + 2
 
 

@@ -55,13 +55,12 @@ class ModelMachine(RuleBasedStateMachine):
         group_size=st.integers(1, 3),
         window=st.sampled_from((0, 8, 16)),
         max_tail=st.sampled_from((1, 16, 40)),
-        budget=st.sampled_from((32, 4096)),
         seed=st.integers(0, 2**16),
     )
     def begin(self, name: str, seed: int, **options: int) -> None:
         self.random = np.random.default_rng(seed)
         self.model = model_of(name)
-        xkv.enable(self.model, rank_k="full", rank_v="full", attention="dense", sinks=2, **options)
+        xkv.enable(self.model, rank_k="full", rank_v="full", attention="exact", sinks=2, **options)
         self.conversations = [Conversation(mlx_cache.make_prompt_cache(self.model), [])]
 
     def teardown(self) -> None:

@@ -18,11 +18,11 @@ from xkv.backends.mlx_metal.model.enabled import lowrank_cache
 
 
 @pytest.mark.parametrize("functions", [mlx_cache, xkv], ids=["mlx-lm", "xkv"])
-@pytest.mark.parametrize("kind", ["llama", "hybrid", "selective"])
+@pytest.mark.parametrize("kind", ["llama", "hybrid", "working set"])
 def test_saved_cache_continues_the_same(tmp_path, model, hybrid, functions, kind):
     options = {**LOSSY, "rank_k": 12, "rank_v": 12}
-    if kind == "selective":
-        options |= {"attention": "selective", "budget": 64, "outlier_chunks": 2}
+    if kind == "working set":
+        options |= {"budget": 64, "kept_share": 0.5}
     model = hybrid if kind == "hybrid" else model
     prompt = [token % 250 for token in PROMPT] if kind == "hybrid" else PROMPT
     xkv.enable(model, **options)
@@ -35,8 +35,8 @@ def test_saved_cache_continues_the_same(tmp_path, model, hybrid, functions, kind
     )
     assert metadata["a"] == "b"
     assert greedy(model, again, prompt[:30]) == want
-    if kind == "selective":
-        assert again[0].layer.landmarks is not None
+    if kind == "working set":
+        assert again[0].layer.rows.n_kept
     if kind == "llama":
         assert again[0].layer.group is again[1].layer.group is not again[2].layer.group
     if kind == "hybrid":

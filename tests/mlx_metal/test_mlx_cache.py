@@ -102,7 +102,7 @@ def test_groups_share_their_latents_and_count_them_once(llama):
     assert sum(layer.nbytes for layer in cache) == first.cache.held_bytes()
 
 
-@pytest.mark.parametrize("attention", ["dense", "selective"])
+@pytest.mark.parametrize("attention", ["exact", "auto"])
 def test_held_bytes_agree_with_mlx_within_two_percent(tmp_path, request, attention):
     # otherwise MLX serves small arrays from freed buffers up to two pages larger
     before_limit = mx.set_cache_limit(0)
@@ -155,13 +155,13 @@ def test_nothing_as_long_as_the_prompt_is_kept_dense_between_steps(llama):
 @pytest.mark.parametrize(
     ("attention", "n_trimmed"),
     [
-        *(("dense", n_trimmed) for n_trimmed in (3, 20, 100, 140, 150)),
-        # so much of the segment is trimmed that the budget covers the rest, and selection is exact
-        *(("selective", n_trimmed) for n_trimmed in (40, 45, 100, 140, 150)),
+        *(("exact", n_trimmed) for n_trimmed in (3, 20, 100, 140, 150)),
+        # so much of the segment is trimmed that the budget covers the rest
+        *(("auto", n_trimmed) for n_trimmed in (40, 45, 100, 140, 150)),
     ],
 )
 def test_trim_forgets_tokens_exactly(llama, n_trimmed, attention):
-    config = XKVConfig(**EXACT, attention=attention, budget=104, outlier_chunks=2)
+    config = XKVConfig(**EXACT, attention=attention, budget=130)
     cache, native = make_prompt_cache(llama, config), make_native_cache(llama)
     with attention_seam():
         for each in (cache, native):
@@ -214,14 +214,14 @@ def test_short_prompt_stays_dense_and_says_so(llama):
     assert "kept dense: 49 tokens" in cache[0].layer.cache.notice
 
 
-def test_budget_that_covers_everything_is_dense_attention_and_says_so(llama):
-    config = XKVConfig(**EXACT, attention="selective", budget=4096)
-    cache, native = make_prompt_cache(llama, config), make_native_cache(llama)
+def test_budget_that_covers_everything_is_exact(llama):
+    cache = make_prompt_cache(llama, XKVConfig(**EXACT, budget=4096))
+    native = make_native_cache(llama)
     with attention_seam():
         np.testing.assert_allclose(
             logits_after(llama, cache), logits_after(llama, native), atol=1e-4
         )
-    assert "budget=4096 covers all" in cache[0].layer.cache.notice
+    assert cache[0].layer.rows.n_kept == 0
 
 
 def test_layers_outside_the_groups_keep_their_native_cache(llama):

@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from xkv import load_backend
-from xkv.checks.decode_cases import CASES, CHUNK_SIZE, DTYPES, DecodeInputs, make_inputs
+from xkv.checks.decode_cases import CASES, DTYPES, DecodeInputs, make_inputs
+from xkv.checks.operations import OPERATIONS
 from xkv.checks.tolerances import PLAIN_TOLERANCE, relative_error
+from xkv.ops.attention import attend_all, attend_set, rebuild_all
 from xkv.ops.backend import Backend
-from xkv.ops.selection import chunk_rows, make_landmarks
-from xkv.ops.types import RopeRun, RopeSpec
+from xkv.ops.scores import Dense
+from xkv.ops.types import RopeRun, RopeSpec, Segment
 
-
-def dense(backend: Backend, x: DecodeInputs) -> Any:
-    return backend.lowrank_attention(x.queries, x.segment, x.keys, x.values, x.scale)
-
-
-def selected(backend: Backend, x: DecodeInputs) -> Any:
-    return backend.selected_attention(
-        x.queries, x.segment, x.chunks, CHUNK_SIZE, x.keys, x.values, x.scale
-    )
-
-
-def rows(backend: Backend, x: DecodeInputs) -> Any:
-    return backend.reconstruct_rows(x.segment, chunk_rows(backend, x.chunks, CHUNK_SIZE))
-
-
-OPERATIONS = {
-    "reconstruct_keys": lambda backend, x: backend.reconstruct_keys(x.segment),
-    "reconstruct_rows": rows,
-    "lowrank_attention": dense,
-    "selected_attention": selected,
-}
+DECODING = (
+    *("absorbed_queries", "index_scores", "rebuild_rows keys", "rebuild_rows values"),
+    *("weigh_rows", "attend_all", "attend_set"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,28 +29,31 @@ def plain_mlx() -> Backend:
     return load_backend("mlx", kernels="off")
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", DECODING)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_operation_parity(plain_mlx, reference, case, dtype, operation):
     run = OPERATIONS[operation]
-    got = run(plain_mlx, make_inputs(plain_mlx, case, dtype))
-    want = run(reference, make_inputs(reference, case, dtype, exact=True))
+    got = run(plain_mlx, make_inputs(plain_mlx, case, dtype), dtype)
+    want = run(reference, make_inputs(reference, case, dtype, exact=True), dtype)
     error = relative_error(plain_mlx.to_numpy(got), reference.to_numpy(want))
     assert error < PLAIN_TOLERANCE[dtype]
 
 
+def of_keys(x: DecodeInputs, **changes: Any) -> DecodeInputs:
+    return replace(x, segment=x.segment._replace(keys=x.segment.keys._replace(**changes)))
+
+
 def shift_position(x: DecodeInputs) -> DecodeInputs:
-    return replace(x, segment=x.segment._replace(start=x.segment.start + 1))
+    return of_keys(x, start=x.segment.keys.start + 1)
 
 
 def drop_last_dense_row(x: DecodeInputs) -> DecodeInputs:
-    return replace(x, keys=x.keys[..., :-1, :], values=x.values[..., :-1, :])
+    return replace(x, dense=Dense(x.dense.keys[..., :-1, :], x.dense.values[..., :-1, :]))
 
 
 def use_wrong_kv_head(x: DecodeInputs) -> DecodeInputs:
-    order = [1, 0]
-    return replace(x, segment=x.segment._replace(basis_k=x.segment.basis_k[:, :, order]))
+    return of_keys(x, basis=x.segment.keys.basis[:, :, [1, 0]])
 
 
 def forget_scale(x: DecodeInputs) -> DecodeInputs:
@@ -72,106 +61,124 @@ def forget_scale(x: DecodeInputs) -> DecodeInputs:
 
 
 def forget_rotation(x: DecodeInputs) -> DecodeInputs:
-    runs = tuple(RopeRun(run.n_rows, None) for run in x.segment.rope_runs)
-    return replace(x, segment=x.segment._replace(rope_runs=runs))
+    return of_keys(x, rope_runs=())
 
 
-def replace(x: DecodeInputs, **changes: Any) -> DecodeInputs:
-    from dataclasses import replace as replace_fields
-
-    return replace_fields(x, **changes)
-
-
-@pytest.mark.parametrize("run", [dense, selected])
+@pytest.mark.parametrize("operation", ["attend_all", "attend_set"])
 @pytest.mark.parametrize(
     "fault",
     [shift_position, drop_last_dense_row, use_wrong_kv_head, forget_scale, forget_rotation],
 )
 def test_planted_fault_exceeds_the_bound_tenfold(
-    plain_mlx, reference, run: Callable[..., Any], fault: Callable[..., DecodeInputs]
+    plain_mlx, reference, operation: str, fault: Callable[..., DecodeInputs]
 ):
-    case = CASES[0]
-    got = run(plain_mlx, fault(make_inputs(plain_mlx, case, "float32")))
-    want = run(reference, make_inputs(reference, case, "float32", exact=True))
+    run = OPERATIONS[operation]
+    x = fault(make_inputs(plain_mlx, CASES[0], "float32"))
+    got = run(plain_mlx, x, "float32")
+    want = run(reference, make_inputs(reference, CASES[0], "float32", exact=True), "float32")
     error = relative_error(plain_mlx.to_numpy(got), reference.to_numpy(want))
     assert error > 10 * PLAIN_TOLERANCE["float32"]
 
 
-@pytest.mark.parametrize("case", CASES[:2], ids=str)
-def test_lowrank_attention_is_attention_over_the_product(reference, case):
+def whole(backend: Backend, x: DecodeInputs) -> tuple[Any, Any]:
+    """Keys and values of every row: those of the segment, then dense ones but for the slots."""
+    n = x.case.n_kept
+    pairs = ((x.segment.keys, x.dense.keys), (x.segment.values, x.dense.values))
+    return tuple(
+        backend.xp.concat([rebuild_all(backend, stored), rows[..., n:, :]], axis=-2)
+        for stored, rows in pairs
+    )
+
+
+@pytest.mark.parametrize("case", [x for x in CASES if x.n_queries == 1], ids=str)
+def test_attention_is_attention_over_the_rebuilt_rows(reference, case):
     x = make_inputs(reference, case, "float32", exact=True)
-    segment = x.segment
-    values = reference.xp.einsum("blr,brhd->bhld", segment.latent_v, segment.basis_v)
-    concat = reference.xp.concat
-    keys = concat([reference.reconstruct_keys(segment), x.keys], axis=-2)
-    values = concat([values, x.values], axis=-2)
-    want = reference.attention(x.queries, keys, values, x.scale, None)
-    assert relative_error(dense(reference, x).numpy(), want.numpy()) < 1e-12
+    want = reference.to_numpy(reference.attention(x.queries, *whole(reference, x), x.scale, None))
+    rest = Dense(*(rows[..., case.n_kept :, :] for rows in x.dense[:2]))
+    for got in (
+        attend_all(reference, x.queries, x.segment, rest, x.scale),
+        OPERATIONS["attend_set"](reference, x, "float32"),
+    ):
+        assert relative_error(reference.to_numpy(got), want) < 1e-12
 
 
-def test_lowrank_attention_ignores_masked_rows(plain_mlx):
+def test_masked_rows_are_ignored(plain_mlx):
     x = make_inputs(plain_mlx, CASES[0], "float32")
-    n_rows = x.segment.latent_k.shape[1]
-    is_seen = plain_mlx.xp.arange(n_rows + x.keys.shape[-2]) < n_rows - 3
-    segment = x.segment._replace(
-        latent_k=x.segment.latent_k[:, :-3],
-        latent_v=x.segment.latent_v[:, :-3],
-        rope_runs=(RopeRun(n_rows - 3, x.segment.rope_runs[0].spec),),
+    n_rows, n_dense = x.case.n_rows, x.dense.keys.shape[-2]
+    is_seen = plain_mlx.xp.arange(n_rows + n_dense) < n_rows - 3
+    short = Segment(
+        *(
+            stored._replace(
+                latent=stored.latent.rows(0, n_rows - 3),
+                rope_runs=tuple(RopeRun(n_rows - 3, run.spec) for run in stored.rope_runs),
+            )
+            for stored in x.segment
+        )
     )
-    got = plain_mlx.lowrank_attention(
-        x.queries, x.segment, x.keys, x.values, x.scale, is_seen[None]
-    )
-    want = plain_mlx.lowrank_attention(
-        x.queries, segment, x.keys[..., :0, :], x.values[..., :0, :], x.scale
-    )
+    got = attend_all(plain_mlx, x.queries, x.segment, x.dense, x.scale, is_seen[None])
+    nothing = Dense(*(rows[..., :0, :] for rows in x.dense[:2]))
+    want = attend_all(plain_mlx, x.queries, short, nothing, x.scale)
     assert relative_error(np.array(got), np.array(want)) < 1e-5
 
 
-@pytest.mark.parametrize("backend_name", ["mlx", "torch"])
-def test_rows_of_several_rope_runs_are_each_rotated_by_their_own(backend_name):
-    backend = load_backend(backend_name, kernels="off")
+@pytest.mark.parametrize("name", ["mlx", "torch"])
+@pytest.mark.parametrize("run", ["all", "set"])
+def test_sinks_take_their_part_of_each_heads_weights(name, run):
+    backend = load_backend(name, kernels="off")
+    x = make_inputs(backend, CASES[6], "float32")
+    sinks = backend.from_numpy(np.linspace(-2, 5, 8).astype(np.float32))
+    rest = Dense(*(rows[..., x.case.n_kept :, :] for rows in x.dense[:2]))
+    if run == "all":
+        got = attend_all(backend, x.queries, x.segment, rest, x.scale, sinks=sinks)
+    else:
+        n_rebuilt = x.case.n_rows - x.case.n_kept
+        given = backend, x.queries, x.segment, x.dense, x.scale, n_rebuilt, x.kept_rows, 0
+        got, _ = attend_set(*given, sinks=sinks)
+    keys, values = (np.repeat(backend.to_numpy(rows), 4, axis=1) for rows in whole(backend, x))
+    scores = backend.to_numpy(x.queries) @ keys.swapaxes(-1, -2) * x.scale
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    nothing = np.exp(np.linspace(-2, 5, 8)[None, :, None, None] - scores.max(-1, keepdims=True))
+    want = weights @ values / (weights.sum(-1, keepdims=True) + nothing)
+    assert relative_error(backend.to_numpy(got), want) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mlx", "torch"])
+def test_rows_of_several_rope_runs_are_each_rotated_by_their_own(name):
+    backend = load_backend(name, kernels="off")
     x = make_inputs(backend, CASES[0], "float32")
     n_rows = CASES[0].n_rows
     runs = (RopeRun(20, None), RopeRun(n_rows - 20, RopeSpec.standard(32, 99.0, True)))
-    segment = x.segment._replace(rope_runs=runs)
+    stored = x.segment.keys._replace(rope_runs=runs)
     every_row = backend.xp.broadcast_to(backend.positions(0, n_rows), (1, 2, n_rows))
-    got = backend.to_numpy(backend.reconstruct_rows(segment, every_row))
-    want = backend.to_numpy(backend.reconstruct_keys(segment))
+    got = backend.to_numpy(backend.rebuild_rows(stored, every_row))
+    want = backend.to_numpy(rebuild_all(backend, stored))
     assert relative_error(got, want) < 1e-5
 
 
-@pytest.mark.parametrize("bits", [4, 8, 16])
-def test_selected_chunks_agree_across_backends(plain_mlx, reference, bits):
-    found = []
-    for backend in (plain_mlx, load_backend("torch", device="cpu", kernels="off")):
-        x = make_inputs(backend, CASES[4], "float32")
-        keys = backend.reconstruct_keys(x.segment)
-        landmarks, outliers = make_landmarks(backend, keys, CHUNK_SIZE, 3, bits)
-        chunks = backend.select_chunks(x.queries, landmarks, 10 * CHUNK_SIZE, x.scale)
-        found.append([np.sort(backend.to_numpy(ids)) for ids in (chunks, outliers)])
-        overlap = backend.to_numpy(chunks)[..., None] == backend.to_numpy(outliers)[..., None, :]
-        assert not overlap.any()
-    np.testing.assert_array_equal(found[0][0], found[1][0])
-    np.testing.assert_array_equal(found[0][1], found[1][1])
-
-
-def test_select_chunks_finds_the_chunk_that_holds_the_peak(plain_mlx):
-    x = make_inputs(plain_mlx, CASES[4], "float32")
-    keys = np.array(plain_mlx.reconstruct_keys(x.segment))
-    queries = np.zeros(x.queries.shape, dtype=np.float32)
-    queries[0, 0, 0] = 10 * keys[0, 0, 77]  # query head 0 belongs to KV head 0
-    landmarks, _ = make_landmarks(plain_mlx, plain_mlx.from_numpy(keys), 1, 0, 8)
-    chunks = plain_mlx.select_chunks(plain_mlx.from_numpy(queries), landmarks, 4, x.scale)
-    assert 77 in np.array(chunks)[0, 0]
-
-
-def test_outlier_is_the_chunk_whose_keys_resemble_their_mean_least(plain_mlx):
-    keys = np.ones((1, 2, 64, 32), dtype=np.float32)
-    keys[0, 0, 21] = -1  # chunk 2 of KV head 0
-    keys[0, 1, 56] = -1  # chunk 7 of KV head 1
-    landmarks, outliers = make_landmarks(plain_mlx, plain_mlx.from_numpy(keys), CHUNK_SIZE, 1, 8)
-    assert np.array(outliers).ravel().tolist() == [2, 7]
-    assert np.argwhere(np.array(landmarks.is_outlier[0])).tolist() == [[0, 2], [1, 7]]
+@pytest.mark.parametrize("name", ["mlx", "torch"])
+def test_a_swap_brings_in_the_best_rows_for_the_worst(name):
+    """Over some steps of one query, the slots come to hold the rows that it wants most."""
+    backend = load_backend(name, kernels="off")
+    x = make_inputs(backend, replace(CASES[0], n_rows=200, n_kept=24), "float32")
+    dense, kept = x.dense, x.kept_rows
+    for _ in range(12):
+        given = backend, x.queries, x.segment, dense, x.scale, 8, kept, 0
+        _, swap = attend_set(*given)
+        assert swap.slots.shape[-1] == 6
+        kept = backend.put_along(kept, swap.slots, swap.rows)
+        dense = Dense(
+            backend.put_along(dense.keys, swap.slots, swap.keys),
+            backend.put_along(dense.values, swap.slots, swap.values),
+        )
+    for stored, rows in ((x.segment.keys, dense.keys), (x.segment.values, dense.values)):
+        held = backend.take_along(rebuild_all(backend, stored), kept)
+        slots = backend.to_numpy(rows)[..., :24, :]
+        assert relative_error(slots, backend.to_numpy(held)) < 1e-5
+    scores = backend.to_numpy(OPERATIONS["index_scores"](backend, x, "float32"))
+    for numbers, worth in zip(backend.to_numpy(kept)[0], scores[0], strict=True):
+        assert len(set(numbers.tolist())) == 24
+        best = np.argsort(-worth)
+        assert set(best[:18]) <= set(numbers) <= set(best[:30])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])

@@ -10,10 +10,10 @@ import mlx.core as mx
 import pytest
 
 import xkv
-from tests.mlx_metal.test_metal_chunk_scores import make_inputs as make_chunk_inputs
 from xkv.backends.mlx_metal.backend import MLXBackend
-from xkv.backends.mlx_metal.kernels import chunk_scores, common
-from xkv.checks.decode_cases import CASES, CHUNK_SIZE, make_inputs
+from xkv.backends.mlx_metal.kernels import common, index_scores
+from xkv.checks.decode_cases import CASES, make_inputs
+from xkv.checks.operations import OPERATIONS
 from xkv.ops.kernels import KernelDispatch
 
 pytest_plugins = ["tests.metal_device"]
@@ -119,28 +119,25 @@ def test_unknown_mode_is_refused():
 
 def run_every_operation(backend: MLXBackend) -> None:
     inputs = make_inputs(backend, CASES[0], "float32")
-    rows = backend.positions(0, CHUNK_SIZE)[None, None]
-    backend.reconstruct_rows(inputs.segment, mx.repeat(rows, CASES[0].n_kv_heads, axis=1))
-    backend.chunk_scores(*make_chunk_inputs(8))
-    attended = inputs.keys, inputs.values, inputs.scale
-    backend.lowrank_attention(inputs.queries, inputs.segment, *attended)
-    backend.selected_attention(inputs.queries, inputs.segment, inputs.chunks, CHUNK_SIZE, *attended)
+    for name in NAMES:
+        OPERATIONS[name](backend, inputs, "float32")
 
 
-OPERATIONS = ["chunk_scores", "lowrank_attention", "reconstruct_rows", "selected_attention"]
+NAMES = ["index_scores", "rebuild_rows keys", "weigh_rows"]
+KERNELS = ["index_scores", "rebuild_rows", "weigh_rows"]
 
 
 def test_missing_device_is_told_once_for_all_operations(monkeypatch, caplog):
     monkeypatch.setattr(common, "device_problem", lambda: NO_DEVICE)
     backend = xkv.load_backend("mlx")
     run_every_operation(backend)
-    assert backend.kernels.last_path == dict.fromkeys(OPERATIONS, "plain")
+    assert backend.kernels.last_path == dict.fromkeys(KERNELS, "plain")
     assert [NO_DEVICE in record.getMessage() for record in caplog.records] == [True]
 
 
 def test_missing_device_raises_where_kernels_must_run(monkeypatch):
     monkeypatch.setattr(common, "device_problem", lambda: NO_DEVICE)
-    with pytest.raises(xkv.InputError, match=f"reconstruct_rows cannot run: {NO_DEVICE}"):
+    with pytest.raises(xkv.InputError, match=f"rebuild_rows cannot run: {NO_DEVICE}"):
         run_every_operation(xkv.load_backend("mlx", kernels="on"))
 
 
@@ -148,32 +145,34 @@ def test_missing_device_is_not_told_where_kernels_are_off(monkeypatch, caplog):
     monkeypatch.setattr(common, "device_problem", lambda: NO_DEVICE)
     backend = xkv.load_backend("mlx", kernels="off")
     run_every_operation(backend)
-    assert backend.kernels.last_path == dict.fromkeys(OPERATIONS, "plain")
+    assert backend.kernels.last_path == dict.fromkeys(KERNELS, "plain")
     assert not caplog.records
 
 
 def test_every_operation_has_a_metal_kernel(metal):
     run_every_operation(metal)
-    assert metal.kernels.last_path == {name: name for name in OPERATIONS}
+    assert metal.kernels.last_path == {name: name for name in KERNELS}
+
+
+def index_scores_with(monkeypatch, old: str, new: str) -> MLXBackend:
+    """A backend whose kernel of that name has another source, after it was run."""
+    assert old in index_scores.SOURCE
+    monkeypatch.setattr(index_scores, "SOURCE", index_scores.SOURCE.replace(old, new))
+    common.build.cache_clear()
+    backend = MLXBackend()
+    inputs = make_inputs(backend, CASES[0], "float32")
+    got = OPERATIONS["index_scores"](backend, inputs, "float32")
+    want = OPERATIONS["index_scores"](MLXBackend(kernels="off"), inputs, "float32")
+    assert mx.array_equal(got, want)
+    assert backend.kernels.last_path["index_scores"] == "plain"
+    return backend
 
 
 def test_compiler_error_is_told_in_its_own_words(metal, monkeypatch, caplog):
-    monkeypatch.setattr(chunk_scores, "PRODUCTS", "no_such_type x = thread_position_in_grid.x;")
-    common.build.cache_clear()
-    backend = MLXBackend()
-    inputs = make_chunk_inputs(8)
-    assert mx.array_equal(
-        backend.chunk_scores(*inputs), MLXBackend(kernels="off").chunk_scores(*inputs)
-    )
-    assert backend.kernels.last_path["chunk_scores"] == "plain"
+    index_scores_with(monkeypatch, "const int", "no_such_type")
     assert "no_such_type" in caplog.text
 
 
 def test_kernel_that_computes_something_else_is_refused(metal, monkeypatch, caplog):
-    wrong = chunk_scores.SCORES.replace("max(best, exp(", "max(best, 2 * exp(")
-    monkeypatch.setattr(chunk_scores, "SCORES", wrong)
-    common.build.cache_clear()
-    backend = MLXBackend()
-    backend.chunk_scores(*make_chunk_inputs(8))
-    assert backend.kernels.last_path["chunk_scores"] == "plain"
-    assert "chunk_scores disagrees with its plain twin on this device" in caplog.text
+    index_scores_with(monkeypatch, "max(", "min(")
+    assert "index_scores disagrees with its plain twin on this device" in caplog.text

@@ -235,7 +235,7 @@ def test_lengths_share_plans_and_few_are_kept(subject, tmp_path):
     directions = find_directions(subject, moments)
     basis = ModelBasis(subject.backend, uid_of(directions), subject.plan.groups, directions)
     shape = subject.plan.probe.cache_shape(subject.plan.groups)
-    config = replace(CONFIG, compression=3, attention="dense")
+    config = replace(CONFIG, compression=3, attention="exact")
     plans, dtype = set(), subject.backend.xp.float32
     for n_tokens in range(2000, 8000, 97):
         plan = plan_ranks(shape, config, n_tokens, basis=basis)

@@ -45,9 +45,9 @@ def test_make_groups_refuses(options: dict, words: str):
         ({"compression": 1.0}, "above 1"),
         ({"compression": float("nan")}, "above 1"),
         ({"window": -1}, "window=-1"),
-        ({"budget": 100}, "multiple of chunk_size"),
-        ({"landmark_bits": 5}, "4, 8 or 16"),
-        ({"attention": "sparse"}, "auto, dense or selective"),
+        ({"budget": 20}, "above the sinks and the window, 4 \\+ 16"),
+        ({"kept_share": 1.0}, "at least 0 and below 1"),
+        ({"attention": "sparse"}, "auto or exact"),
     ],
 )
 def test_config_refuses(options: dict, words: str):

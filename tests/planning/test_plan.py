@@ -12,6 +12,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from tests.architectures import CONFIGS
 from xkv import XKVConfig, plan
 from xkv.backends import mlx_metal
+from xkv.planning.chips import CHIPS, MODELS, milliseconds
+from xkv.planning.decode_cost import working_set
 from xkv.planning.footprint import NativeCache
 
 LLAMA_8B = {
@@ -98,6 +100,47 @@ def test_compression_shrinks_the_cache_and_lengthens_the_context(write, capsys):
         assert entry["command"].endswith(f"--compression {ratio}")
     longest = [table[name]["longest_context"] for name in ("full", "xKV 4 x", "xKV 8 x")]
     assert longest == sorted(set(longest))
+
+
+def test_decode_times_are_arithmetic_on_named_chips(write, capsys):
+    flags = ["--model", write(LLAMA_8B), "--memory", "12", "--compression", "4", "8"]
+    found = report(capsys, *flags)
+    times = {(entry["chip"], entry["tokens"]): entry["ms"] for entry in found["decode"]}
+    assert len(times) == len(CHIPS) * 3
+    assert list(times["M3 Max", 8192]) == ["full", "xKV 4 x", "xKV 8 x"]
+    # weights and 32 layers' rows at 400 GB/s, and three launches a layer
+    for n_tokens in (8192, 32768, 131072):
+        read = (found["weight_bytes"] + 131_072 * n_tokens) / 400e9
+        launches = 32 * 3 * 3e-6
+        assert times["M3 Max", n_tokens]["full"] == pytest.approx(1e3 * (read + launches))
+    # the same layer as the named one's, but for weights that are not read
+    model, config = MODELS["Llama-3.1-8B"], XKVConfig(compression=8)
+    layer = model.layer(config, 32768)
+    for chip in CHIPS:
+        parts = working_set(layer, config, 32768, chip.sorts)
+        ms = milliseconds(chip, parts, 32, found["weight_bytes"])
+        assert times[chip.name, 32768]["xKV 8 x"] == pytest.approx(ms)
+    plan.main(flags)
+    text = capsys.readouterr().out
+    assert "arithmetic, not measured" in text and "M3 Max      131,072" in text
+
+
+def test_decode_times_end_with_the_trained_context_and_count_windows(write, capsys):
+    found = report(capsys, "--model", write(GEMMA3), "--memory", "1")
+    assert {entry["tokens"] for entry in found["decode"]} == {8192, 32768}
+    windows, row_bytes = 4 * 512, 2 * 2 * 64 * 2
+    read = (found["weight_bytes"] + row_bytes * (2 * 32_768 + windows)) / 400e9
+    times = {(x["chip"], x["tokens"]): x["ms"] for x in found["decode"]}
+    full = times["M3 Max", 32768]["full"]
+    # two layers of the group and four with a window: three launches each
+    assert full == pytest.approx(1e3 * (read + 6 * 3 * 3e-6))
+    short = report(capsys, "--model", write(GEMMA3 | {"max_position_embeddings": 4096}))
+    assert {entry["tokens"] for entry in short["decode"]} == {4096}
+
+
+@pytest.mark.parametrize("name", ["mamba2", "glm4_moe_lite"])
+def test_no_decode_times_where_nothing_is_compressed_or_values_stay_dense(write, capsys, name):
+    assert report(capsys, "--model", write(CONFIGS[name]), "--memory", "1")["decode"] == []
 
 
 def test_trained_context_is_named_as_the_limit(write, capsys):

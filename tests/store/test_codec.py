@@ -11,17 +11,15 @@ from xkv import InputError, RopeSpec, XKVConfig, load_backend
 from xkv.cache.lowrank_cache import LowRankCache
 from xkv.checks.tolerances import relative_error
 from xkv.config import BAND
-from xkv.ops.packed import Packed, unpacked
-from xkv.ops.selection import take_rows
-from xkv.ops.types import Segment
+from xkv.ops.attention import take_rows
+from xkv.ops.latent import Latent
 from xkv.store.bit_plan import Option, arrange
-from xkv.store.codec import BITS as ALL_BITS
-from xkv.store.codec import ROUNDING, pack_basis, pack_latent, pack_part
+from xkv.store.codec import BASIS_BITS, ROUNDING, pack_latent, pack_part
 from xkv.store.prompt_basis import measure, packed_bases
 from xkv.store.rotation import rotate_bands
 from xkv.store.store import store_rows
 
-WIDTHS, BITS = (64, 64, 128, 64), (8, 6, 3, 2)
+BITS = (8, 6, 3, 3, 2)
 N_LAYERS, N_KV_HEADS, HEAD_DIM = 2, 2, 64
 SPEC = RopeSpec.standard(HEAD_DIM, 10_000.0)
 
@@ -31,28 +29,15 @@ def backend(request):
     return load_backend(request.param)
 
 
-def packed_segment(backend, dtype: str = "float16") -> tuple[Segment, Segment]:
-    """A segment in few bits, and the same numbers as arrays."""
-    xp, generator = backend.xp, np.random.default_rng(0)
-
-    def draw(*shape):
-        numbers = generator.standard_normal(shape).astype(np.float32)
-        return xp.astype(backend.from_numpy(numbers), getattr(xp, dtype))
-
-    rank = sum(WIDTHS)
-    factors = [pack_latent(backend, draw(1, 96, rank), WIDTHS, BITS) for _ in range(2)]
-    factors += [
-        pack_basis(backend, draw(1, rank, N_KV_HEADS, HEAD_DIM) * rank**-0.5, WIDTHS, BITS)
-        for _ in range(2)
-    ]
-    runs = ((96, SPEC),)
-    return Segment(*factors, 4, runs), Segment(*(unpacked(backend, x) for x in factors), 4, runs)
+def packed_latent(backend) -> Latent:
+    numbers = np.random.default_rng(0).standard_normal((1, 96, BAND * len(BITS)))
+    return pack_latent(backend, backend.from_numpy(numbers.astype(np.float16)), BITS)
 
 
 def make_cache(backend, decay: float = 20.0, n_tokens: int = 1024, **options) -> LowRankCache:
     """A group of layers whose joint singular values fall exponentially, compressed."""
     generator = np.random.default_rng(0)
-    cache = LowRankCache(backend, XKVConfig(attention="dense", **options), [range(N_LAYERS)])
+    cache = LowRankCache(backend, XKVConfig(attention="exact", **options), [range(N_LAYERS)])
     n_columns = N_LAYERS * N_KV_HEADS * HEAD_DIM
     shape = (n_tokens, N_LAYERS, 1, N_KV_HEADS, HEAD_DIM)
     rows = []
@@ -76,44 +61,33 @@ def value_error(cache: LowRankCache) -> float:
     return float(np.linalg.norm(numbers - want) / np.linalg.norm(want))
 
 
-def test_operations_on_packed_factors_are_those_on_their_numbers(backend):
-    packed, plain = packed_segment(backend, "float32")
-    generator = np.random.default_rng(1)
-    queries, keys, values = (
-        backend.from_numpy(generator.standard_normal(shape).astype(np.float32))
-        for shape in ((1, 4, 1, 64), (1, 2, 5, 64), (1, 2, 5, 64))
-    )
-    rows = backend.from_numpy(np.array([[[0, 95, 7], [63, 64, 7]]], dtype=np.int32))
-    for name, operation in {
-        "attention": lambda s: backend.lowrank_attention(queries, s, keys, values, 0.3),
-        "rows": lambda s: backend.reconstruct_rows(s, rows),
-        "keys": lambda s: backend.reconstruct_keys(s),
-        "selected": lambda s: backend.selected_attention(
-            queries, s, rows[..., :2] // 8, 8, keys, values, 0.3
-        ),
-    }.items():
-        got, want = (backend.to_numpy(operation(s)) for s in (packed, plain))
-        assert relative_error(got, want.astype(np.float64)) < 1e-5, name
-
-
 def test_rows_of_a_packed_latent(backend):
-    latent = packed_segment(backend)[0].latent_k
+    latent = packed_latent(backend)
     whole = backend.to_numpy(latent.unpack(backend))
     assert latent.shape == whole.shape == (1, 96, 320)
     part = latent.rows(5, 70)
     np.testing.assert_array_equal(backend.to_numpy(part.unpack(backend)), whole[:, 5:70])
-    joined = Packed.joined(backend, [latent.rows(0, 5), part])
+    joined = Latent.joined(backend, [latent.rows(0, 5), part])
     np.testing.assert_array_equal(backend.to_numpy(joined.unpack(backend)), whole[:, :70])
     rows = backend.from_numpy(np.array([[[3, 95], [0, 3]]], dtype=np.int32))
-    taken = backend.to_numpy(take_rows(backend, latent, rows))
+    taken = backend.to_numpy(take_rows(backend, latent, rows).unpack(backend))
     np.testing.assert_array_equal(taken[0], whole[0][[[3, 95], [0, 3]]])
 
 
 def test_bytes_are_those_of_the_arrays(backend):
-    latent = packed_segment(backend)[0].latent_k
-    bits = sum(width * n_bits for width, n_bits in zip(WIDTHS, BITS, strict=True))
-    scales = 2 * 16 * sum(WIDTHS) // BAND
-    assert latent.nbytes == 96 * (bits + scales) // 8
+    latent = packed_latent(backend)
+    assert latent.nbytes == 96 * (BAND * sum(BITS) + 2 * 16 * len(BITS)) // 8
+
+
+def test_bands_are_cut_out_and_widened(backend):
+    latent = packed_latent(backend)
+    whole = backend.to_numpy(latent.unpack(backend))
+    for start, end in ((0, 1), (1, 3), (2, 5)):
+        part = backend.to_numpy(latent.bands(start, end).unpack(backend))
+        np.testing.assert_array_equal(part, whole[..., BAND * start : BAND * end])
+    wide = backend.to_numpy(latent.unpack(backend, backend.xp.float32))
+    assert wide.dtype == np.float32
+    assert relative_error(whole, wide.astype(np.float64)) < 1e-3
 
 
 def test_rotation_leaves_products_and_evens_out_columns(backend):
@@ -129,7 +103,7 @@ def test_rotation_leaves_products_and_evens_out_columns(backend):
     assert spread.max() < 2 * spread.min()
 
 
-@pytest.mark.parametrize("bits", ALL_BITS)
+@pytest.mark.parametrize("bits", BASIS_BITS)
 def test_rounding_of_normal_numbers_is_what_plans_count_on(backend, bits):
     """In a basis' larger groups it is up to a half more."""
     x = backend.normal((1, 4000, 2 * BAND), 0)
@@ -212,7 +186,7 @@ def test_latents_make_up_for_the_rounding_of_their_basis(backend):
     (basis,) = packed_bases(backend, [spectrum], 300, 80_000, backend.xp.float32)
     assert min(basis.layers[0].bits) < 8
     stored = store_rows(backend, basis, read, 300, backend.xp.float32, None)
-    matrix = backend.to_numpy(basis.layers[0].unpack(backend)).reshape(basis.rank, -1)
+    matrix = backend.to_numpy(basis.layers[0].unpack(backend)).reshape(basis.layers[0].rank, -1)
     flat = rows.reshape(300, -1).astype(np.float64)
     plain = flat @ matrix.T @ matrix - flat
     fitted = backend.to_numpy(stored.latent.unpack(backend))[0] @ matrix - flat
@@ -220,8 +194,8 @@ def test_latents_make_up_for_the_rounding_of_their_basis(backend):
     assert stored.error == pytest.approx(np.linalg.norm(fitted) / np.linalg.norm(flat), rel=1e-3)
 
 
-def test_latent_has_one_part_for_each_number_of_bits(backend, monkeypatch):
-    """Whatever the bits of the bases: a Metal kernel takes few arrays."""
+def test_bands_of_equal_bits_are_neighbours(backend, monkeypatch):
+    """Whatever the bits of the bases: they are widened together."""
     # the second band is left out, the last is worth more than the one before
     bits = [(6, 8), (0, 0), (6, 4), (3, 4), (6, 4)]
     monkeypatch.setattr(
@@ -231,7 +205,7 @@ def test_latent_has_one_part_for_each_number_of_bits(backend, monkeypatch):
     dtype = backend.xp.float32
     spectrum = measure(backend, read, 300, 320, dtype, power_iterations=3, seed=0)
     (basis,) = packed_bases(backend, [spectrum], 300, 1 << 20, dtype)
-    assert basis.bits == (6, 3) and basis.widths == (3 * BAND, BAND)
+    assert basis.bits == (6, 6, 6, 3)
     stored = store_rows(backend, basis, read, 300, dtype, None)
     assert stored.parts() == [(BAND, 6, 8), (2 * BAND, 6, 4), (BAND, 3, 4)]
     kept = np.r_[0:BAND, 2 * BAND : 3 * BAND, 4 * BAND : 5 * BAND, 3 * BAND : 4 * BAND]
@@ -287,7 +261,7 @@ def test_numbers_that_are_not_finite_are_refused(backend, number, bits):
 
 def test_a_prompt_shorter_than_a_band_is_factored(backend):
     cache = make_cache(backend, n_tokens=100, compression=1.2, window=40, sinks=0)
-    assert cache.groups[0].keys.basis.rank == BAND
+    assert cache.groups[0].keys.latent.rank == BAND
     assert cache.layers[0].rows.n_segment == 60
     assert value_error(cache) < 0.02
 
@@ -296,5 +270,4 @@ def test_plain_array_is_the_paper_form(backend):
     cache = make_cache(backend, rank_k=40, rank_v=56)
     keys = cache.groups[0].keys
     assert keys.parts() == [(40, 16, 16)]
-    assert isinstance(keys.latent, Packed) and keys.latent.array is not None
-    assert not isinstance(cache.layers[0].view.segment().latent_k, Packed)
+    assert not keys.latent.is_packed and len(keys.latent.arrays) == 1

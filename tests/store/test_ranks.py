@@ -9,7 +9,7 @@ from xkv.store.ranks import RankPlan, plan_ranks
 from xkv.store.shapes import CacheShape
 
 LLAMA_8B = CacheShape.uniform((4,) * 8, n_kv_heads=8, key_dim=128, value_dim=128, item_bytes=2)
-NOTHING_DENSE = {"sinks": 0, "window": 0, "attention": "dense"}
+NOTHING_DENSE = {"sinks": 0, "window": 0, "attention": "exact"}
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ def test_formula_gives_the_papers_ratios_when_nothing_stays_dense(tokens, ratio)
 
 
 @pytest.mark.parametrize("compression", [2, 4, 8])
-@pytest.mark.parametrize("attention", ["dense", "selective"])
+@pytest.mark.parametrize("attention", ["auto", "exact"])
 @pytest.mark.parametrize("tokens", [4096, 65536])
 def test_planned_bytes_meet_the_target(compression, attention, tokens):
     config = XKVConfig(compression=compression, attention=attention)
@@ -36,7 +36,7 @@ def test_planned_bytes_meet_the_target(compression, attention, tokens):
 
 
 @pytest.mark.parametrize("compression", [2, 4, 8])
-@pytest.mark.parametrize("attention", ["dense", "selective"])
+@pytest.mark.parametrize("attention", ["auto", "exact"])
 @pytest.mark.parametrize("tokens", [4096, 65536])
 def test_planned_ranks_meet_the_target_and_no_larger_ones_do(compression, attention, tokens):
     config = XKVConfig(compression=compression, attention=attention, latent_bits=16)

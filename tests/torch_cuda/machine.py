@@ -67,7 +67,7 @@ class TransformersCache(RuleBasedStateMachine):
         name=st.sampled_from(tuple(MODELS)),
         batch=st.sampled_from((1, 1, 2)),
         is_padded=st.booleans(),
-        attention=st.sampled_from(("dense", "dense", "dense", "auto", "selective")),
+        attention=st.sampled_from(("exact", "exact", "auto")),
         max_tail=st.sampled_from((1, 16, 40)),
         window=st.sampled_from((0, 8, 16)),
         sinks=st.sampled_from((0, 4)),
@@ -76,11 +76,10 @@ class TransformersCache(RuleBasedStateMachine):
     def begin(self, name: str, batch: int, is_padded: bool, seed: int, **options: Any) -> None:
         self.model, self.plain = models(name)
         self.batch, self.is_padded = batch, is_padded and batch > 1
-        self.is_exact = options["attention"] == "dense"
+        self.is_exact = options["attention"] == "exact"
         self.random = torch.Generator().manual_seed(seed)
         cache = xkv.torch_cache(
-            self.model, rank_k="full", rank_v="full", group_size=2, budget=32, chunk_size=4,
-            **options,
+            self.model, rank_k="full", rank_v="full", group_size=2, budget=32, **options,
         )  # fmt: skip
         empty = torch.zeros(batch, 0, dtype=torch.long)
         cache.activate_past_recording()

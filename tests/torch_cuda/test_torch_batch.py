@@ -12,8 +12,8 @@ from xkv import InputError
 EXACT = {"rank_k": "full", "rank_v": "full", "window": 16, "max_tail": 16, "group_size": 2}
 RANKS = {"rank_k": 40, "rank_v": 56, "window": 16, "max_tail": 16}
 COMPRESSED = {
-    "dense": {**RANKS, "attention": "dense"},
-    "selective": {**RANKS, "attention": "selective", "budget": 32},
+    "exact": {**RANKS, "attention": "exact"},
+    "set": {**RANKS, "budget": 32},
 }
 SHARED = ({"compression": 4}, {"compression": 3, "group_size": 8}, {"compression": 2})
 LENGTHS = (130, 40, 97)
@@ -56,7 +56,7 @@ def test_padded_batch_is_compressed_as_each_sequence_alone(form):
     assert greedy(model, *padded(prompts_of(lengths)), cache=batch) == alone
     layers = [sequence.layers[0] for sequence in batch.sequences]
     assert all(layer.is_compressed for layer in layers)
-    assert all((layer.landmarks is not None) == (form == "selective") for layer in layers)
+    assert all(bool(layer.rows.n_kept) == (form == "set") for layer in layers)
     assert batch.held_bytes() == held
 
 

@@ -9,9 +9,9 @@ from tests.torch_models import make_model, make_prompt
 from xkv.backends.torch_cuda.model.decoder import Decoder
 
 OPTIONS = {
-    "dense": {"rank_k": 24, "rank_v": 24, "attention": "dense"},
-    "selective": {"rank_k": 24, "rank_v": 24, "attention": "selective", "budget": 64},
-    "bits": {"compression": 2, "attention": "dense"},
+    "exact": {"rank_k": 24, "rank_v": 24, "attention": "exact"},
+    "set": {"rank_k": 24, "rank_v": 24, "budget": 64},
+    "bits": {"compression": 2, "attention": "exact"},
 }
 
 
@@ -52,7 +52,7 @@ def record(run):
 
 
 def prefilled(model, prompt, **options):
-    cache = xkv.torch_cache(model, sinks=4, window=16, max_tail=24, chunk_size=4, **options)
+    cache = xkv.torch_cache(model, sinks=4, window=16, max_tail=24, **options)
     xkv.torch_prefill(model, cache, prompt)
     return cache
 
@@ -95,7 +95,7 @@ def test_recorded_steps_give_the_tokens_of_ordinary_ones(options, batch):
 
 def test_steps_that_are_not_recorded_give_the_tokens_of_ordinary_ones():
     model, prompt = make_model("llama"), make_prompt(300)
-    cache, others = (prefilled(model, prompt, **OPTIONS["dense"]) for _ in range(2))
+    cache, others = (prefilled(model, prompt, **OPTIONS["exact"]) for _ in range(2))
     want = greedy(ordinary_step(model, others), prompt, 60)
     assert (greedy(xkv.torch_decoder(model, cache), prompt, 60) == want).all()
 
@@ -103,7 +103,7 @@ def test_steps_that_are_not_recorded_give_the_tokens_of_ordinary_ones():
 @pytest.mark.parametrize("n_padding", [0, 40])
 def test_cache_that_was_emptied_meanwhile_is_noticed(n_padding):
     model, prompt = make_model("llama"), make_prompt(300, batch=2)
-    cache, others = (prefilled(model, prompt, **OPTIONS["dense"]) for _ in range(2))
+    cache, others = (prefilled(model, prompt, **OPTIONS["exact"]) for _ in range(2))
     decoder = Decoder(model, cache, record)
     greedy(decoder, prompt, 5)
     cache.reset()
@@ -120,7 +120,7 @@ def test_cache_that_was_emptied_meanwhile_is_noticed(n_padding):
 
 def test_as_many_tokens_in_other_buffers_are_noticed():
     model, prompt = make_model("llama"), make_prompt(300)
-    cache, others = (prefilled(model, prompt, **OPTIONS["dense"]) for _ in range(2))
+    cache, others = (prefilled(model, prompt, **OPTIONS["exact"]) for _ in range(2))
     decoder = Decoder(model, cache, record)
     for step, each in ((decoder, cache), (ordinary_step(model, others), others)):
         greedy(step, prompt, 5)

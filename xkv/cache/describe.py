@@ -13,14 +13,15 @@ def describe(cache: LowRankCache) -> str:
     if cache.ranks is None:
         return "nothing compressed"
     widths = "+".join(str(len(group.layers)) for group in cache.groups)
-    attention = "dense attention"
-    selection = sum(layer.selection_bytes for group in cache.groups for layer in group.layers)
-    landmarks = cache.groups[0].layers[0].landmarks
-    if landmarks is not None:
+    first = cache.groups[0].layers[0]
+    n_rebuilt = cache.config.rebuilt_at(first.n_segment, first.n_kept)
+    attention = "every row is attended to"
+    if n_rebuilt is not None:
+        kept = sum(layer.kept_bytes for group in cache.groups for layer in group.layers)
         attention = (
-            f"selective attention: {cache.config.budget} tokens in chunks of "
-            f"{landmarks.chunk_size}, {landmarks.bits}-bit landmarks, "
-            f"{selection / 1e6:.3f} MB of what is held"
+            f"{first.n_kept + n_rebuilt} of {first.n_segment} stored rows are attended to: "
+            f"{first.n_kept} kept between steps, {kept / 1e6:.3f} MB of what is held, and "
+            f"{n_rebuilt} rebuilt in each"
         )
     return f"layers {widths}, {describe_factors(cache)}, {attention}"
 

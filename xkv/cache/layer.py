@@ -6,17 +6,25 @@ Where keys are un-rotated: :meth:`LayerView.plain_rows`.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from xkv.cache.rows import LayerRows
+from xkv.config import XKVConfig
 from xkv.errors import InputError
-from xkv.ops.attention import reconstruct, rope_rows
+from xkv.ops.attention import (
+    attend_all,
+    attend_latent,
+    attend_set,
+    rebuild_all,
+    rope_rows,
+    wide_basis,
+)
 from xkv.ops.backend import Backend
-from xkv.ops.packed import Packed
-from xkv.ops.selection import first_landmarks, joined_landmarks, make_landmarks
-from xkv.ops.types import Array, Segment
+from xkv.ops.scores import Dense, is_past
+from xkv.ops.types import Array, Segment, Stored
 from xkv.store.store import Store
 
-FUSED_QUERIES = 32
+FUSED_QUERIES = 65
 """From this many queries on (a later prompt), one fused attention runs over rebuilt rows."""
 
 
@@ -36,30 +44,34 @@ class LayerView:
     def _of(self, name: str) -> Store | None:
         return self.keys if name == "keys" else self.values
 
-    def segment(self) -> Segment:
+    def segment(self, dtype: Any) -> Segment:
         """The compressed rows, as the backend's operations take them.
+
+        Args:
+            dtype: Of the bases, and so of the arithmetic.
 
         Raises:
             InputError: If the group's values are not factored.
         """
-        rows = self.rows
         if self.keys is None or self.values is None:
             raise InputError("values that stay dense have no segment")
-        latents = (x.latent.rows(0, rows.n_segment) for x in (self.keys, self.values))
-        bases = (self._basis(x) for x in (self.keys, self.values))
-        latent_k, latent_v, basis_k, basis_v = (
-            x if x.array is None else x.array for x in (*latents, *bases)
+        return Segment(
+            self._stored("keys", self.keys, 0, self.rows.n_segment, dtype),
+            self._stored("values", self.values, 0, self.rows.n_segment, dtype),
         )
-        runs = rows.runs_between(rows.start, rows.start + rows.n_segment)
-        return Segment(latent_k, latent_v, basis_k, basis_v, rows.start, runs)
 
-    def _basis(self, store: Store) -> Packed:
-        """The layer's part of a basis, once for each sequence."""
-        basis, batch = store.basis.layers[self.index], self.rows.batch
-        if basis.shape[0] == batch:
-            return basis
-        xp = self.backend.xp
-        return basis.map(lambda x: xp.broadcast_to(x, (batch, *x.shape[1:])))
+    def _stored(self, name: str, store: Store, start: int, end: int, dtype: Any) -> Stored:
+        """Rows ``start`` to ``end`` of the segment."""
+        basis = store.basis.layers[self.index].unpack(self.backend)
+        basis = wide_basis(self.backend, basis, dtype)
+        latent, position = store.latent.rows(start, end), self.rows.start + start
+        if name == "values":
+            return Stored(latent, basis)
+        runs = self.rows.runs_between(position, position + end - start)
+        index_rows = None
+        if store.basis.index_rows:
+            index_rows = self.backend.xp.astype(store.basis.index_rows[self.index], dtype)
+        return Stored(latent, basis, position, runs, index_rows)
 
     def dense(self) -> tuple[Array, Array]:
         """All keys and values, ``[B, n_kv_heads, offset, dim]``, rebuilt for this call only."""
@@ -72,31 +84,29 @@ class LayerView:
             return rows
         start = layer.start
         middle = self._rebuild(name, store, 0, layer.n_segment)
-        rows = self._without_outliers(rows)
+        rows = self._without_slots(rows)
         return self.backend.xp.concat([rows[..., :start, :], middle, rows[..., start:, :]], axis=-2)
 
     def _rebuild(self, name: str, store: Store, start: int, end: int) -> Array:
         """Rows ``start`` to ``end`` of the segment, ``[B, n_kv_heads, L, dim]``, keys rotated."""
-        rows = reconstruct(self.backend, store.latent.rows(start, end), self._basis(store))
-        if name == "values" or start == end:
-            return rows
-        position = self.rows.start + start
-        runs = self.rows.runs_between(position, position + end - start)
-        return rope_rows(self.backend, rows, position, runs)
+        dtype = getattr(self.rows, name).rows.dtype
+        stored = self._stored(name, store, start, end, self.backend.step_dtype(dtype))
+        return self.backend.xp.astype(rebuild_all(self.backend, stored), dtype)
 
-    def _without_outliers(self, rows: Array) -> Array:
-        start, n_outlier_rows = self.rows.start, self.rows.n_outlier_rows
-        if not n_outlier_rows:
+    def _without_slots(self, rows: Array) -> Array:
+        """Dense rows without the working set."""
+        layer = self.rows
+        if not layer.n_kept:
             return rows
-        parts = [rows[..., :start, :], rows[..., start + n_outlier_rows :, :]]
-        return self.backend.xp.concat(parts, axis=-2)
+        first, end = layer.start, layer.start + layer.n_kept
+        return self.backend.xp.concat([rows[..., :first, :], rows[..., end:, :]], axis=-2)
 
     def plain_rows(self, name: str, start: int, end: int) -> Array:
-        """Dense rows in float32, keys un-rotated: ``[B, L, n_kv_heads, dim]``.
+        """Dense rows of one layer, ``[B, L, n_kv_heads, dim]`` in float32 or wider, un-rotated.
 
         Args:
             name: "keys" or "values".
-            start: Number of the first one among the dense rows, behind outliers if compressed.
+            start: Number of the first dense row.
             end: Number after the last one.
         """
         xp, layer = self.backend.xp, self.rows
@@ -104,128 +114,137 @@ class LayerView:
         # float32 before the inverse rotation: 16-bit keys would be rounded twice
         rows = xp.astype(rows, self.backend.accumulate_dtype(rows))
         if name == "keys":
-            position = start - layer.n_outlier_rows + layer.n_segment
+            position = start - layer.n_kept + layer.n_segment
             runs = layer.runs_between(position, position + end - start)
             rows = rope_rows(self.backend, rows, position, runs, inverse=True)
         rows = self.backend.own(xp.permute_dims(rows, (0, 2, 1, 3)))
         self.backend.evaluate(rows)
         return rows
 
-    def _rows_to_attend(self, name: str, with_outliers: bool, with_unused: bool = False) -> Array:
-        """Dense rows: all that is not in the segment."""
-        buffer = getattr(self.rows, name)
-        rows = buffer.allocated if with_unused else buffer.rows
-        return rows if with_outliers else self._without_outliers(rows)
-
-    def attend(self, queries: Array, scale: float, mask: Array | None, budget: int) -> Array:
+    def attend(
+        self,
+        queries: Array,
+        scale: float,
+        mask: Array | None,
+        config: XKVConfig,
+        sinks: Array | None = None,
+        n_new: Array | None = None,
+    ) -> tuple[Array, LayerRows]:
         """Attention of the newest tokens over the whole layer.
 
         Args:
             queries: ``[B, n_heads, Lq, head_dim]``, rotated; the last Lq tokens of the cache.
             scale: Factor on the scores.
-            mask: Boolean ``[..., Lq, offset]`` by position, or None to attend to everything.
-            budget: Tokens that a step selects, where it does.
+            mask: Boolean ``[..., Lq, offset]`` by position, or None for causal attention.
+            config: Says how many rows a step rebuilds, where not all.
+            sinks: ``[n_heads]``: scores of nothing, that take a part of each head's weights.
+            n_new: Rows written behind those that are counted, an integer ``[1]`` on the device:
+                then the whole buffers are read, so that every shape is the next step's too. For
+                one query over a compressed layer.
 
         Returns:
-            ``[B, n_heads, Lq, value_dim]``.
+            ``[B, n_heads, Lq, value_dim]``, and the layer with its working set after it.
         """
-        backend, layer = self.backend, self.rows
-        if not layer.is_compressed or queries.shape[-2] >= FUSED_QUERIES:
+        backend, layer, xp = self.backend, self.rows, self.backend.xp
+        n_queries = queries.shape[-2]
+        is_long = n_queries >= FUSED_QUERIES
+        if sinks is None and (is_long or not layer.is_compressed):
             keys, values = self.dense()
-            return backend.attention(queries, keys, values, scale, mask)
-        if queries.shape[-2] == 1 and mask is None:
-            return self.attend_step(queries, scale, budget)
+            if mask is None and n_queries > 1:
+                mask = is_past(backend, layer.offset, n_queries)
+            return backend.attention(queries, keys, values, scale, mask), layer
+        n_rebuilt = None
+        if mask is None and not is_long:
+            n_rebuilt = config.rebuilt_at(layer.n_segment, layer.n_kept)
+        wide = xp.astype(queries, backend.step_dtype(queries.dtype))
+        segment, dense = self.segment(wide.dtype), self._dense_rows(n_rebuilt is not None, n_new)
+        if n_rebuilt is not None:
+            n_dense = dense.keys.shape[-2]
+            mask = is_past(backend, n_dense, n_queries) if n_queries > 1 else None
+            output, swap = attend_set(
+                *(backend, wide, segment, dense, scale, n_rebuilt),
+                *(layer.kept_rows, layer.start, mask, sinks),
+            )
+            if swap is not None:
+                layer = layer.swapped(backend, swap)
+                output = backend.together(output, layer.arrays)
+            return xp.astype(output, queries.dtype), layer
+        if mask is None and n_queries > 1:
+            mask = is_past(backend, layer.offset, n_queries)
         if mask is not None:
             start, end = layer.start, layer.start + layer.n_segment
             parts = [mask[..., start:end], mask[..., :start], mask[..., end:]]
-            mask = backend.xp.concat(parts, axis=-1)
-        keys, values = (self._rows_to_attend(name, False) for name in ("keys", "values"))
-        return backend.lowrank_attention(queries, self.segment(), keys, values, scale, mask)
+            mask = xp.concat(parts, axis=-1)
+        output = attend_all(backend, wide, segment, dense, scale, mask, sinks)
+        return xp.astype(output, queries.dtype), layer
 
-    def attend_step(
-        self, queries: Array, scale: float, budget: int, n_new: Array | None = None
-    ) -> Array:
-        """Attention of one token over a compressed layer.
+    def attend_latent(self, queries: Array, scale: float, bias: Array) -> Array:
+        """:func:`xkv.ops.attention.attend_latent` over the keys of a compressed layer."""
+        backend, layer, xp = self.backend, self.rows, self.backend.xp
+        assert self.keys is not None
+        wide = xp.astype(queries, backend.step_dtype(queries.dtype))
+        stored = self._stored("keys", self.keys, 0, layer.n_segment, wide.dtype)
+        rows = layer.keys.rows
+        beside = rows[..., : layer.start, :], rows[..., layer.start :, :]
+        output = attend_latent(backend, wide, stored, beside, scale, bias)
+        return xp.astype(output, queries.dtype)
 
-        Args:
-            queries: ``[B, n_heads, 1, head_dim]``, rotated.
-            scale: Factor on the scores.
-            budget: Tokens that the step selects, where it does.
-            n_new: Rows written behind those that are counted, an integer ``[1]`` on the device:
-                then the whole buffers are read, so that every shape is the next step's too.
-
-        Returns:
-            ``[B, n_heads, 1, value_dim]``.
-        """
-        backend, layer = self.backend, self.rows
-        landmarks, segment = layer.landmarks, self.segment()
-        selects = landmarks is not None
-        keys, values = (
-            self._rows_to_attend(name, selects, n_new is not None) for name in ("keys", "values")
-        )
+    def _dense_rows(self, with_slots: bool, n_new: Array | None = None) -> Dense:
+        """All that is not in the segment, and the working set."""
+        layer = self.rows
         if n_new is not None:
-            n_counted = layer.keys.n_rows - layer.n_outlier_rows * (not selects)
-            segment = segment._replace(n_dense=n_new + n_counted)
-        if landmarks is None:
-            return backend.lowrank_attention(queries, segment, keys, values, scale)
-        chunks = backend.select_chunks(queries, landmarks, budget, scale)
-        return backend.selected_attention(
-            queries, segment, chunks, landmarks.chunk_size, keys, values, scale
-        )
+            buffers, n_used = [layer.keys.allocated, layer.values.allocated], layer.keys.n_rows
+        else:
+            buffers, n_used = [layer.keys.rows, layer.values.rows], 0
+        if not with_slots:
+            buffers, n_used = [self._without_slots(x) for x in buffers], n_used - layer.n_kept
+        keys, values = buffers
+        return Dense(keys, values, None if n_new is None else n_new + n_used)
+
+    def filled(self) -> LayerRows:
+        """The rows with a working set of the segment's last rows, where slots are to be filled.
+
+        A segment of fewer rows than slots loses the others.
+        """
+        layer, backend = self.rows, self.backend
+        if layer.kept_rows is not None or not layer.n_kept:
+            return layer
+        n_kept, first = min(layer.n_kept, layer.n_segment), layer.start
+        buffers = {}
+        for name in ("keys", "values"):
+            store = self._of(name)
+            assert store is not None
+            rows = self._rebuild(name, store, layer.n_segment - n_kept, layer.n_segment)
+            buffers[name] = getattr(layer, name).replaced(
+                backend, first, first + layer.n_kept, [rows]
+            )
+        numbers = None
+        if n_kept:
+            numbers = last_rows(backend, buffers["keys"].rows, layer.n_segment, n_kept)
+        return layer._replace(n_kept=n_kept, kept_rows=numbers, **buffers)
 
     def trimmed(self, n_tokens: int, has_dense_values: bool) -> LayerRows:
         """The rows without the last ``n_tokens``, of which there are as many.
 
-        Rows cut off a segment are no longer used; the group's latent keeps them. A chunk that is
-        cut becomes dense, and outliers ordinary.
+        Rows cut off a segment are no longer used; the group's latent keeps them.
         """
         layer = self.rows
         from_tail = min(n_tokens, layer.n_tail)
         from_segment = min(n_tokens - from_tail, layer.n_segment)
         layer = layer.without_last(from_tail)
         if from_segment:
-            layer = layer._replace(n_segment=layer.n_segment - from_segment)
-            layer = replace(self, rows=layer)._with_whole_chunks()
+            # the slots may hold rows that were cut off
+            layer = layer._replace(n_segment=layer.n_segment - from_segment, kept_rows=None)
+            layer = replace(self, rows=layer).filled()
         layer = layer.without_last(n_tokens - from_tail - from_segment)
         if has_dense_values:
             kept = layer.values.n_rows - from_segment
             layer = layer._replace(values=layer.values.first(kept))
         return layer._replace(rope_runs=layer.runs_between(0, layer.offset))
 
-    def _with_whole_chunks(self) -> LayerRows:
-        """The rows with landmarks that fit a segment which was just cut."""
-        layer, landmarks = self.rows, self.rows.landmarks
-        if landmarks is None:
-            return layer
-        n_chunks, n_left = divmod(layer.n_segment, landmarks.chunk_size)
-        first, start = n_chunks * landmarks.chunk_size, layer.start
-        buffers = {}
-        for name in ("keys", "values"):
-            store = self._of(name)
-            assert store is not None
-            rows = self._rebuild(name, store, first, first + n_left)
-            buffers[name] = getattr(layer, name).replaced(
-                self.backend, start, start + layer.n_outlier_rows, [rows]
-            )
-        kept = first_landmarks(self.backend, landmarks, n_chunks) if n_chunks else None
-        return layer._replace(n_segment=first, n_outlier_rows=0, landmarks=kept, **buffers)
 
-    def extended_landmarks(self, n_rows: int, chunk_size: int, bits: int) -> LayerRows:
-        """The rows with landmarks of the first ``n_rows`` after the sinks, stored or not yet.
-
-        Those without exact keys are summarized from rebuilt ones.
-        """
-        layer, n_done, keys = self.rows, 0, []
-        if layer.landmarks is not None:
-            n_done = layer.landmarks.n_chunks * layer.landmarks.chunk_size
-        if n_done < layer.n_segment:
-            assert self.keys is not None
-            keys.append(self._rebuild("keys", self.keys, n_done, layer.n_segment))
-        first = layer.n_sinks + layer.n_outlier_rows
-        keys.append(layer.keys.rows[..., first : first + n_rows - layer.n_segment, :])
-        joined = keys[0] if len(keys) == 1 else self.backend.xp.concat(keys, axis=-2)
-        added, _ = make_landmarks(self.backend, joined, chunk_size, 0, bits)
-        if layer.landmarks is not None:
-            added = joined_landmarks(self.backend, layer.landmarks, added)
-        self.backend.evaluate(*added.held)
-        return layer._replace(landmarks=added)
+def last_rows(backend: Backend, like: Array, n_segment: int, n_kept: int) -> Array:
+    """Numbers of a segment's last rows, ``[B, n_kv_heads, n_kept]`` int32."""
+    xp = backend.xp
+    numbers = xp.astype(backend.positions(n_segment - n_kept, n_kept), xp.int32)
+    return backend.own(xp.broadcast_to(numbers, (*like.shape[:2], n_kept)))

@@ -6,6 +6,7 @@ import copy
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from xkv.cache import settling
@@ -15,7 +16,7 @@ from xkv.cache.rows import LayerRows
 from xkv.config import DECODE_TOKENS, XKVConfig
 from xkv.errors import InputError
 from xkv.ops.backend import Backend
-from xkv.ops.types import Array, Landmarks, RopeSpec
+from xkv.ops.types import Array, RopeSpec
 from xkv.store.model_basis import ModelBasis
 from xkv.store.ranks import Plan, check_ranks
 from xkv.store.shapes import CacheShape
@@ -109,7 +110,9 @@ class LowRankCache:
         states, kept = snapshot
         vars(self).update(kept)
         for group, state in zip(self.groups, states, strict=True):
-            group.state = state
+            # steps since then may have written into the slots of working sets
+            layers = tuple(layer._replace(kept_rows=None) for layer in state.layers)
+            group.state = state._replace(layers=layers)
 
     def append(
         self, number: int, index: int, keys: Array, values: Array, rope: RopeSpec | None
@@ -239,12 +242,7 @@ class LayerCache:
 
     @property
     def is_compressed(self) -> bool:
-        """Whether some of the rows are in the group's segment."""
         return self.rows.is_compressed
-
-    @property
-    def landmarks(self) -> Landmarks | None:
-        return self.rows.landmarks
 
     def append(self, keys: Array, values: Array, rope: RopeSpec | None) -> None:
         """:meth:`LowRankCache.append`"""
@@ -276,9 +274,15 @@ class LayerCache:
         """:meth:`xkv.cache.layer.LayerView.dense`"""
         return self.view.dense()
 
-    def attend(self, queries: Array, scale: float, mask: Array | None) -> Array:
+    def attend(self, queries: Array, scale: float, mask: Array | None, **more: Any) -> Array:
         """:meth:`xkv.cache.layer.LayerView.attend`"""
-        return self.view.attend(queries, scale, mask, self.cache.config.budget)
+        rows = self.view.filled()
+        view = replace(self.view, rows=rows)
+        if rows.kept_rows is not None:
+            # a step that ends while slots are written leaves them to be filled anew
+            self.rows = rows._replace(kept_rows=None)
+        output, self.rows = view.attend(queries, scale, mask, self.cache.config, **more)
+        return output
 
     def arrays(self) -> list[Array]:
         """The arrays this layer holds, without the latents that its group shares."""

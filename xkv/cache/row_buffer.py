@@ -40,6 +40,16 @@ class RowBuffer(NamedTuple):
         """Fewer rows."""
         return self._replace(n_rows=n_rows)
 
+    def written(self, backend: Backend, at: Array, rows: Array) -> RowBuffer:
+        """The same with other rows at some places, which may be written over what is there.
+
+        Args:
+            at: Numbers of rows in use, ``[B, n_kv_heads, n]``.
+            rows: ``[B, n_kv_heads, n, dim]``
+        """
+        allocated = backend.put_along(self.allocated, at, rows, in_place=True)
+        return self._replace(allocated=allocated)
+
     def with_room(self, backend: Backend, n_rows: int, like: Array) -> RowBuffer:
         """The same rows in a buffer of at least ``n_rows``, shaped like other rows.
 

@@ -5,34 +5,36 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from xkv.cache.row_buffer import RowBuffer
+from xkv.ops.attention import Swap
 from xkv.ops.backend import Backend
-from xkv.ops.types import Array, Landmarks, RopeRun, RopeSpec
+from xkv.ops.types import Array, RopeRun, RopeSpec
 
 
 class LayerRows(NamedTuple):
     """One layer's rows. A value: what changes them returns another one.
 
-    Before compression every row is dense. Afterwards the dense rows are the sinks, copies of the
-    outlier chunks' rows in selective attention, then window and tail; in position, the group's
-    segment lies between sinks and window.
+    Before compression every row is dense. Afterwards the dense rows are the sinks, the slots of the
+    working set, then window and tail; in position, the group's segment lies between sinks and
+    window.
     """
 
     keys: RowBuffer = RowBuffer()
     values: RowBuffer = RowBuffer()
     start: int = 0
-    """Position of the segment's first row."""
+    """Position of the segment's first row; in number, the first slot's among the dense rows."""
     n_segment: int = 0
     """Rows of the group's segment that this layer still uses; trimming lowers it."""
-    landmarks: Landmarks | None = None
-    """Set where decode selects chunks."""
-    n_outlier_rows: int = 0
+    n_kept: int = 0
+    """Slots of the working set: dense rows that are copies of some of the segment's."""
+    kept_rows: Array | None = None
+    """Which, ``[B, n_kv_heads, n_kept]`` int32; None where the slots have to be filled anew."""
     rope_runs: tuple[RopeRun, ...] = ()
     """How the rows from position 0 on were rotated."""
 
     @property
     def offset(self) -> int:
         """Tokens seen."""
-        return self.n_segment + self.keys.n_rows - self.n_outlier_rows
+        return self.n_segment + self.keys.n_rows - self.n_kept
 
     @property
     def batch(self) -> int:
@@ -52,7 +54,7 @@ class LayerRows(NamedTuple):
     @property
     def n_tail(self) -> int:
         """Dense rows after the compressed ones: window and tail."""
-        return self.keys.n_rows - self.n_outlier_rows - self.n_sinks
+        return self.keys.n_rows - self.n_kept - self.n_sinks
 
     @property
     def row_bytes(self) -> int:
@@ -60,18 +62,15 @@ class LayerRows(NamedTuple):
         return self.keys.row_bytes + self.values.row_bytes
 
     @property
-    def selection_bytes(self) -> int:
-        """The part of the bytes held that selective attention needs: landmarks and outlier rows."""
-        if self.landmarks is None:
-            return 0
-        outliers = self.n_outlier_rows * self.row_bytes
-        return outliers + sum(x.nbytes for x in self.landmarks.held)
+    def kept_bytes(self) -> int:
+        """The part of the bytes held that the working set takes."""
+        numbers = 0 if self.kept_rows is None else self.kept_rows.nbytes
+        return self.n_kept * self.row_bytes + numbers
 
     @property
     def arrays(self) -> list[Array]:
         """The arrays that no other layer has a part in."""
-        held = [self.keys.allocated, self.values.allocated]
-        held += self.landmarks.held if self.landmarks is not None else ()
+        held = self.keys.allocated, self.values.allocated, self.kept_rows
         return [x for x in held if x is not None]
 
     def appended(
@@ -88,6 +87,16 @@ class LayerRows(NamedTuple):
         if runs and runs[-1].spec == rope:
             n_rows, runs = n_rows + runs[-1].n_rows, runs[:-1]
         return self._replace(rope_runs=(*runs, RopeRun(n_rows, rope)))
+
+    def swapped(self, backend: Backend, swap: Swap) -> LayerRows:
+        """These rows with others in some slots of the working set."""
+        assert self.kept_rows is not None
+        places = swap.slots + self.start
+        return self._replace(
+            kept_rows=backend.put_along(self.kept_rows, swap.slots, swap.rows, in_place=True),
+            keys=self.keys.written(backend, places, swap.keys),
+            values=self.values.written(backend, places, swap.values),
+        )
 
     def with_room(self, backend: Backend, n_rows: int) -> LayerRows:
         """Buffers in which ``n_rows`` more fit without a copy."""

@@ -80,13 +80,7 @@ def compressed(
     state = steps.compress(backend, config, state, layout, bases)
     if budget is not None:
         unspent = budget - sum(x.nbytes for x in state.stores)
-    notice = None
-    if config.attention == "selective" and not layout.is_selective:
-        notice = (
-            f"attention is dense, which is exact over what is stored: budget={config.budget} "
-            f"covers all that is compressed of {n_tokens} tokens"
-        )
-    return Settled(state, plan, unspent, notice)
+    return Settled(state, plan, unspent, None)
 
 
 def continued(
@@ -100,9 +94,8 @@ def continued(
     state = steps.released(backend, state)
     first = state.layers[0]
     n_rows = first.n_tail - config.window_at(first.offset)
-    if n_rows < max(config.max_tail, config.chunk_size):
+    if n_rows < config.max_tail:
         return state, None
-    n_rows -= (first.n_segment + n_rows) % config.chunk_size
     after = steps.fold(backend, config, state, n_rows)
     return after, _misfit(state, after, n_rows)
 

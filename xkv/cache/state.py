@@ -21,14 +21,15 @@ from xkv.cache.rows import LayerRows
 from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.ops.backend import Backend
+from xkv.ops.latent import Latent
 from xkv.ops.packed import Packed, Part
-from xkv.ops.types import Array, DynamicNTKRope, Landmarks, Rope, RopeRun, RopeSpec
+from xkv.ops.types import Array, DynamicNTKRope, Rope, RopeRun, RopeSpec
 from xkv.store.model_basis import ModelBasis
 from xkv.store.ranks import BitPlan, ModelPlan, RankPlan
 from xkv.store.shapes import CacheShape, GroupShape
 from xkv.store.store import Basis, Store
 
-FORMAT = 4
+FORMAT = 5
 """Version of the layout below."""
 
 LAYER_CLASS = "XKVCache"
@@ -42,29 +43,28 @@ _PLANS: dict[str, Any] = {plan.__name__: plan for plan in (RankPlan, BitPlan, Mo
 _ROPES = {"fixed": RopeSpec, "dynamic": DynamicNTKRope}
 
 
-_COUNTS = ("start", "n_segment", "n_outlier_rows")
+_COUNTS = ("start", "n_segment", "n_kept")
 
 
 def write_layer(layer: LayerCache, rope: Rope | None) -> list[Array]:
     """A layer's state: first a description in JSON as bytes, then the arrays that it names."""
     cache, rows, state = layer.cache, layer.rows, layer.group.state
     arrays: dict[str, Array] = {}
-    matrices: dict[str, list[list[int]]] = {}
+    bases: dict[str, list[list[int]]] = {}
     for name in ("keys", "values"):
         buffer, store = getattr(rows, name), getattr(state, name)
         if buffer.allocated is not None:
             arrays[name] = buffer.allocated
         if store is None:
             continue
-        stored = {} if store.basis.is_shared else {"basis": store.basis.layers[layer.index]}
         if layer.index == 0:
-            stored["latent"] = store.latent
-        for kind, matrix in stored.items():
-            matrices[f"{name}.{kind}"] = [[x.bits, x.group_size] for x in matrix.parts]
-            arrays.update((f"{name}.{kind}.{i}", x) for i, x in enumerate(matrix.arrays))
-    landmarks = rows.landmarks
-    if landmarks is not None:
-        arrays.update((f"landmarks.{i}", x) for i, x in enumerate(landmarks.held))
+            arrays.update((f"{name}.latent.{i}", x) for i, x in enumerate(store.latent.arrays))
+        if not store.basis.is_shared:
+            basis = store.basis.layers[layer.index]
+            bases[name] = [[x.bits, x.group_size] for x in basis.parts]
+            arrays.update((f"{name}.basis.{i}", x) for i, x in enumerate(basis.arrays))
+    if rows.kept_rows is not None:
+        arrays["kept_rows"] = rows.kept_rows
     about = {
         "format": FORMAT,
         "backend": cache.backend.name,
@@ -81,7 +81,7 @@ def write_layer(layer: LayerCache, rope: Rope | None) -> list[Array]:
         "layer": [layer.number, layer.index],
         "retry_at": state.retry_at,
         "stores": {
-            name: [store.total, store.lost, store.basis.widths, store.basis.bits]
+            name: [store.total, store.lost, store.basis.bits]
             for name, store in (("keys", state.keys), ("values", state.values))
             if store is not None
         },
@@ -90,8 +90,7 @@ def write_layer(layer: LayerCache, rope: Rope | None) -> list[Array]:
         "runs": [[run.n_rows, _write_rope(run.spec)] for run in rows.rope_runs],
         "rows": [[x.n_rows, x.reserved] for x in (rows.keys, rows.values)],
         **{name: getattr(rows, name) for name in _COUNTS},
-        "landmarks": landmarks and [landmarks.bits, landmarks.group_size, landmarks.chunk_size],
-        "matrices": matrices,
+        "bases": bases,
         "arrays": list(arrays),
     }
     text = np.frombuffer(json.dumps(about).encode(), dtype=np.uint8).copy()
@@ -197,13 +196,13 @@ def _fill(layer: LayerCache, about: dict[str, Any], arrays: dict[str, Array]) ->
         fields[name] = RowBuffer(arrays.get(name), n_rows, reserved)
         if name not in about["stores"]:
             continue
-        total, lost, widths, bits = about["stores"][name]
-        store, basis = getattr(state, name), _matrix(about, arrays, f"{name}.basis")
+        total, lost, bits = about["stores"][name]
+        store, basis = getattr(state, name), _basis(about, arrays, name)
         if layer.index == 0:
-            latent = _matrix(about, arrays, f"{name}.latent")
-            if latent is None:
+            latent = Latent(_numbered(arrays, f"{name}.latent"), tuple(bits))
+            if not latent.arrays:
                 raise InputError(f"the prompt cache is incomplete: it has no latent of the {name}")
-            mine = Basis((), tuple(widths), tuple(bits))
+            mine = Basis((), tuple(bits))
             if basis is None:
                 mine = _shared(cache, layer.number, name, latent)
             store = Store(mine, latent, total, lost)
@@ -213,37 +212,37 @@ def _fill(layer: LayerCache, about: dict[str, Any], arrays: dict[str, Array]) ->
             layers = (*store.basis.layers, basis)
             store = store._replace(basis=store.basis._replace(layers=layers))
         state = state._replace(**{name: store})
-    landmarks = None
-    if about["landmarks"] is not None:
-        bits, group_size, chunk_size = about["landmarks"]
-        held = [x for name, x in arrays.items() if name.startswith("landmarks.")]
-        landmarks = Landmarks(tuple(held[:-1]), bits, group_size, held[-1], chunk_size)
     rows = LayerRows(
         **fields,
-        landmarks=landmarks,
+        kept_rows=arrays.get("kept_rows"),
         rope_runs=tuple(RopeRun(n_rows, _read_rope(spec)) for n_rows, spec in about["runs"]),
     )
     state = state._replace(retry_at=about["retry_at"])
     layer.group.state = state.with_layer(layer.index, rows)
 
 
-def _shared(cache: LowRankCache, number: int, name: str, latent: Packed) -> Basis:
+def _shared(cache: LowRankCache, number: int, name: str, latent: Latent) -> Basis:
     """The model's basis of a latent that comes from a file."""
     assert cache.basis is not None and isinstance(cache.ranks, ModelPlan)
     found = cache.basis.columns(number, cache.ranks.bits[number], latent.dtype)
     return found[name == "values"]
 
 
-def _matrix(about: dict[str, Any], arrays: dict[str, Array], name: str) -> Packed | None:
-    """A latent or a basis of several parts, None where there is none."""
-    if name not in about["matrices"]:
+def _numbered(arrays: dict[str, Array], name: str) -> tuple[Array, ...]:
+    return tuple(x for key, x in arrays.items() if key.startswith(f"{name}."))
+
+
+def _basis(about: dict[str, Any], arrays: dict[str, Array], name: str) -> Packed | None:
+    """A prompt's own basis in several parts, None where it is the model's."""
+    if name not in about["bases"]:
         return None
-    held = iter([x for key, x in arrays.items() if key.startswith(f"{name}.")])
-    parts = [
-        Part(tuple(itertools.islice(held, 1 if bits == 16 else 3)), bits, group_size)
-        for bits, group_size in about["matrices"][name]
-    ]
-    return Packed(tuple(parts), 1 if name.endswith(".basis") else 2)
+    held = iter(_numbered(arrays, f"{name}.basis"))
+    return Packed(
+        tuple(
+            Part(tuple(itertools.islice(held, 1 if bits == 16 else 3)), bits, group_size)
+            for bits, group_size in about["bases"][name]
+        )
+    )
 
 
 def _write_rope(rope: Rope | None) -> dict[str, Any] | None:

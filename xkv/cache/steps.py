@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from xkv.cache.group import GroupState
+from xkv.cache.layer import last_rows
 from xkv.cache.rows import LayerRows
 from xkv.config import Layout, XKVConfig
 from xkv.ops.backend import Backend
-from xkv.ops.selection import chunk_rows, make_landmarks
-from xkv.ops.types import Array
 from xkv.store.prompt_basis import Spectrum, measure, packed_bases, plain_basis
 from xkv.store.store import Basis, store_rows
 
@@ -69,46 +68,28 @@ def compress(
         bases: Of keys, and of values where they are factored.
     """
     start, n_rows = config.sinks, layout.n_rows
-    summarized = [
-        _summarized(backend, config, layer, start, start + n_rows, layout) for layer in state.layers
-    ]
+    end = start + n_rows
     stores: dict[str, Any] = {"keys": None, "values": None}
     for name, basis in zip(stores, bases, strict=False):
         read = state.reader(backend, name, start)
         dtype = state.layers[0].keys.rows.dtype
         stores[name] = store_rows(backend, basis, read, n_rows, dtype, None)
+    # a working set begins with the last rows, which are at hand as they were computed
+    n_kept = layout.n_kept if len(bases) == 2 else 0
     layers = []
-    for layer, outliers in summarized:
+    for layer in state.layers:
         buffers = {}
         for name in list(stores)[: len(bases)]:
-            buffer, kept = getattr(layer, name), []
-            if outliers is not None:
-                kept.append(backend.xp.take_along_axis(buffer.rows, outliers[..., None], axis=-2))
-            buffers[name] = buffer.replaced(backend, start, start + n_rows, kept)
+            buffer = getattr(layer, name)
+            kept = [buffer.rows[..., end - n_kept : end, :]] if n_kept else []
+            buffers[name] = buffer.replaced(backend, start, end, kept)
             backend.evaluate(buffers[name].allocated)
-        n_outlier_rows = 0 if outliers is None else outliers.shape[-1]
-        layers.append(
-            layer._replace(start=start, n_segment=n_rows, n_outlier_rows=n_outlier_rows, **buffers)
-        )
+        layer = layer._replace(start=start, n_segment=n_rows, n_kept=n_kept, **buffers)
+        if n_kept:
+            numbers = last_rows(backend, layer.keys.rows, n_rows, n_kept)
+            layer = layer._replace(kept_rows=numbers)
+        layers.append(layer)
     return GroupState(tuple(layers), **stores, retry_at=state.retry_at)
-
-
-def _summarized(
-    backend: Backend, config: XKVConfig, layer: LayerRows, start: int, end: int, layout: Layout
-) -> tuple[LayerRows, Array | None]:
-    """A layer with landmarks of its exact keys, and the outlier rows' numbers."""
-    if not layout.is_selective:
-        return layer, None
-    landmarks, outliers = make_landmarks(
-        backend,
-        layer.keys.rows[..., start:end, :],
-        config.chunk_size,
-        layout.n_outliers,
-        config.landmark_bits,
-    )
-    backend.evaluate(*landmarks.held)
-    rows = chunk_rows(backend, outliers, config.chunk_size) + start
-    return layer._replace(landmarks=landmarks), rows
 
 
 def released(backend: Backend, state: GroupState) -> GroupState:
@@ -125,32 +106,35 @@ def released(backend: Backend, state: GroupState) -> GroupState:
 def fold(backend: Backend, config: XKVConfig, state: GroupState, n_rows: int) -> GroupState:
     """Move the first dense rows after the stored ones into the store.
 
-    Args:
-        n_rows: How many; of a group that selects chunks, so that they are whole ones together.
+    Working sets grow with it, up to what is theirs, by rows that were just stored.
     """
     first = state.layers[0]
-    start = first.n_sinks + first.n_outlier_rows
+    start = first.n_sinks + first.n_kept
+    end = start + n_rows
     stored: dict[str, Any] = {}
     for name in ("keys", "values"):
         store = getattr(state, name)
         if store is not None:
             in_use = store._replace(latent=store.latent.rows(0, first.n_segment))
             read = state.reader(backend, name, start)
-            stored[name] = store_rows(
-                backend, store.basis, read, n_rows, store.latent.dtype, in_use
-            )
-    n_segment, layers = first.n_segment + n_rows, list(state.layers)
-    if first.landmarks is not None or config.layout(first.offset).is_selective:
-        layers = [
-            state.view(backend, i).extended_landmarks(
-                n_segment, config.chunk_size, config.landmark_bits
-            )
-            for i in range(len(layers))
-        ]
-    for i, layer in enumerate(layers):
-        buffers = {
-            name: getattr(layer, name).replaced(backend, start, start + n_rows) for name in stored
-        }
+            dtype = store.latent.dtype
+            stored[name] = store_rows(backend, store.basis, read, n_rows, dtype, in_use)
+    n_segment = first.n_segment + n_rows
+    layers: list[LayerRows] = []
+    wanted = config.layout(first.offset).n_kept if len(stored) == 2 else 0
+    n_more = min(max(wanted - first.n_kept, 0), n_rows)
+    for layer in state.layers:
+        layer = state.view(backend, len(layers)).filled()
+        buffers = {}
+        for name in stored:
+            buffer = getattr(layer, name)
+            kept = [buffer.rows[..., end - n_more : end, :]] if n_more else []
+            buffers[name] = buffer.replaced(backend, start, end, kept)
         backend.evaluate(*(buffer.allocated for buffer in buffers.values()))
-        layers[i] = layer._replace(n_segment=n_segment, **buffers)
+        layer = layer._replace(n_segment=n_segment, n_kept=first.n_kept + n_more, **buffers)
+        if n_more:
+            numbers = [layer.kept_rows] if layer.kept_rows is not None else []
+            numbers.append(last_rows(backend, layer.keys.rows, n_segment, n_more))
+            layer = layer._replace(kept_rows=backend.xp.concat(numbers, axis=-1))
+        layers.append(layer)
     return state._replace(layers=tuple(layers), **stored)

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from xkv.cache.group import GroupState
+from xkv.cache.layer import LayerView
 from xkv.cache.lowrank_cache import LowRankCache
 from xkv.cache.rows import LayerRows
+from xkv.ops.backend import Backend
+from xkv.ops.types import Array
+
+SLACK = 2.0
+"""Squared distances of a kept row to its stored form, beside those to other rows' forms."""
 
 
 def broken_invariants(cache: LowRankCache) -> list[str]:
@@ -14,7 +22,7 @@ def broken_invariants(cache: LowRankCache) -> list[str]:
 
     * all layers have seen the same tokens, in one order of rotations;
     * store and dense rows are as many as the tokens, in keys and in values;
-    * what summarizes rows covers exactly the rows of the segment;
+    * a working set holds rows of the segment, each once, as the store gives them back;
     * the bytes that are counted are those of the arrays.
     """
     found = []
@@ -23,6 +31,9 @@ def broken_invariants(cache: LowRankCache) -> list[str]:
         found.append(f"layers are at different offsets: {offsets}")
     for number, group in enumerate(cache.groups):
         found += [f"group {number}: {x}" for x in _of_group(group.state, group.has_dense_values)]
+        for index in range(len(group.layers)):
+            view = group.state.view(cache.backend, index)
+            found += [f"group {number}, layer {index}: {x}" for x in _of_working_set(view)]
     ids = {id(x): x.nbytes for x in cache.arrays()}
     counted = cache.held_bytes(), sum(layer.nbytes for layer in cache.layers.values())
     if set(counted) != {sum(ids.values())}:
@@ -47,15 +58,15 @@ def _of_group(state: GroupState, has_dense_values: bool) -> Iterator[str]:
         ranks = {basis.rank for basis in store.basis.layers}
         if ranks != {store.latent.rank} or len(store.basis.layers) != len(state.layers):
             yield f"bases of ranks {ranks} for {len(state.layers)} layers"
-        if (store.latent.widths, store.latent.bits) != (store.basis.widths, store.basis.bits):
-            yield "a latent is not in the columns and bits of its basis"
+        if store.latent.bits != store.basis.bits:
+            yield "a latent is not in the bits of its basis"
         if not 0 <= store.lost <= store.total:
             yield f"{store.lost} of {store.total} was lost"
 
 
 def _of_layer(layer: LayerRows, has_dense_values: bool) -> Iterator[str]:
-    n_dense = layer.keys.n_rows - layer.n_outlier_rows
-    if min(layer.n_segment, layer.n_outlier_rows, layer.n_tail) < 0:
+    n_dense = layer.keys.n_rows - layer.n_kept
+    if min(layer.n_segment, layer.n_kept, layer.n_tail) < 0:
         yield f"a number of rows is negative: {layer.n_segment}, {layer.n_tail}"
     n_values = layer.offset if has_dense_values else layer.keys.n_rows
     if layer.values.n_rows != n_values:
@@ -68,13 +79,32 @@ def _of_layer(layer: LayerRows, has_dense_values: bool) -> Iterator[str]:
     for buffer in (layer.keys, layer.values):
         if buffer.n_rows and (buffer.allocated is None or buffer.n_rows > buffer.rows.shape[-2]):
             yield f"{buffer.n_rows} rows are counted, and the buffer has fewer"
-    landmarks = layer.landmarks
-    if landmarks is None:
-        if layer.n_outlier_rows:
-            yield f"{layer.n_outlier_rows} outlier rows without landmarks"
+    if layer.kept_rows is not None and layer.kept_rows.shape[-1] != layer.n_kept:
+        yield f"{layer.kept_rows.shape[-1]} numbers of kept rows for {layer.n_kept} slots"
+
+
+def _of_working_set(view: LayerView) -> Iterator[str]:
+    layer, backend = view.rows, view.backend
+    if layer.kept_rows is None:
         return
-    n_covered = landmarks.n_chunks * landmarks.chunk_size
-    if n_covered != layer.n_segment:
-        yield f"landmarks cover {n_covered} rows of a segment of {layer.n_segment}"
-    if any(x.shape[2] != landmarks.n_chunks for x in landmarks.held):
-        yield "landmarks are not all of the same chunks"
+    numbers = backend.to_numpy(layer.kept_rows)
+    if numbers.min() < 0 or numbers.max() >= layer.n_segment:
+        yield f"a kept row is none of the segment's {layer.n_segment}"
+        return
+    if any(len(set(x.tolist())) < len(x) for head in numbers for x in head):
+        yield "a row is kept twice"
+    first = layer.start
+    for name, rows in zip(("keys", "values"), view.dense(), strict=True):
+        stored = _numbers(backend, rows)[..., layer.start : layer.start + layer.n_segment, :]
+        held = _numbers(backend, getattr(layer, name).rows)
+        held = held[..., first : first + layer.n_kept, :]
+        # slots may hold rows as they were computed, to which no other stored row is closer
+        products = held @ stored.swapaxes(-1, -2)
+        apart = (stored**2).sum(-1)[..., None, :] - 2 * products + (held**2).sum(-1)[..., None]
+        its_own = np.take_along_axis(apart, numbers[..., None], axis=-1)[..., 0]
+        if (its_own > SLACK * apart.min(-1) + 1e-3 * (held**2).sum(-1)).any():
+            yield f"a slot holds {name} of another row than the one it names"
+
+
+def _numbers(backend: Backend, x: Array) -> np.ndarray:
+    return backend.to_numpy(x).astype(np.float64)

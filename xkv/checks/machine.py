@@ -13,14 +13,18 @@ from typing import Any
 from xkv.checks.decode_step import LLAMA_8B, DecodeStep, StepShape, time_alternating
 from xkv.errors import InputError
 from xkv.ops.backend import Backend
+from xkv.ops.index import absorbed_queries
+from xkv.ops.latent import Latent
 from xkv.ops.loading import load_backend
-from xkv.ops.selection import chunk_rows
+from xkv.planning.chips import CUDA_LAUNCH_US, METAL_LAUNCH_US, Chip, milliseconds
 
 PACKAGES = ("xkv", "mlx", "mlx-lm", "torch", "transformers", "triton", "numpy")
 DTYPES = ("float16", "bfloat16", "float32")
 CHECK_TOKENS = 1024
-CHECK_BITS = (16, 8, 6, 5, 4, 3, 2)
-"""Of the parts of packed latents."""
+CHECK_BITS = (8, 6, 5, 4, 3, 2)
+"""Of the bands of packed latents."""
+COPIED_BYTES, SIDE = {"cpu": 1 << 26, "gpu": 1 << 28}, {"cpu": 1024, "gpu": 4096}
+"""Of the array that is read and written, and the matrices that are multiplied, to rate a device."""
 
 
 def examine(
@@ -50,6 +54,7 @@ def examine(
     say(f"device    {report['device']} ({backend_name})")
     report["kernels"] = _check_kernels(backend_name, plain, say)
     report["attention"] = _time_attention(backend_name, lengths, max_seconds, say)
+    report["estimate"] = _estimate(plain, sorted(lengths), say)
     report["verdict"] = _verdict(report)
     say(f"verdict   {report['verdict']}")
     return report
@@ -60,14 +65,13 @@ def _check_kernels(
 ) -> list[dict[str, Any]]:
     """Run each kernel where it must run, which checks it against its twin, and time both."""
     found = []
+    model = replace(LLAMA_8B.model, bits=(CHECK_BITS, CHECK_BITS))
     for dtype in DTYPES:
         strict = load_backend(backend_name, kernels="on")
-        shape = replace(LLAMA_8B, dtype=dtype)
-        operations = _operations(DecodeStep(plain, shape, CHECK_TOKENS))
-        packed = DecodeStep(plain, replace(shape, latent_bits=CHECK_BITS), CHECK_TOKENS)
-        for name, operation in _operations(packed).items():
-            if name != "chunk_scores":
-                operations[f"{name}, packed"] = operation
+        step = DecodeStep(plain, replace(LLAMA_8B, model=model, dtype=dtype), CHECK_TOKENS)
+        operations = _operations(step, is_packed=False)
+        for name, operation in _operations(step, is_packed=True).items():
+            operations[f"{name}, packed"] = operation
         for name, operation in operations.items():
             found.append({"kernel": name, "dtype": dtype, **_check(operation, strict, plain)})
     problem = load_backend(backend_name).kernels.device_problem()
@@ -84,10 +88,12 @@ def _check_kernels(
     return found
 
 
-def _check(operation: Callable[[Backend], Any], strict: Backend, plain: Backend) -> dict[str, Any]:
+def _check(
+    operation: Callable[[Backend], list[Any]], strict: Backend, plain: Backend
+) -> dict[str, Any]:
     """Status of one kernel, and its time beside its twin's."""
     try:
-        strict.evaluate(operation(strict))
+        strict.evaluate(*operation(strict))
     except InputError as error:
         is_there = strict.kernels.device_problem() is None
         return {"status": "failed" if is_there else "not checked", "why": str(error)}
@@ -100,28 +106,31 @@ def _check(operation: Callable[[Backend], Any], strict: Backend, plain: Backend)
     }
 
 
-def _operations(step: DecodeStep) -> dict[str, Callable[[Backend], Any]]:
+def _operations(step: DecodeStep, is_packed: bool) -> dict[str, Callable[[Backend], list[Any]]]:
     """The fused operations on a step's arrays, by name."""
-    chunks = step.backend.select_chunks(step.queries, step.landmarks, 256, step.scale)
-    size, dense = step.shape.chunk_size, (step.dense_keys, step.dense_values, step.scale)
-    rows = chunk_rows(step.backend, chunks, size)
+    backend, xp, (keys, values) = step.backend, step.backend.xp, step.stored
+    if not is_packed:
+        keys, values = (
+            x._replace(latent=Latent((x.latent.unpack(backend),))) for x in (keys, values)
+        )
+    absorbed = absorbed_queries(backend, step.queries * step.scale, keys)
+    offsets = xp.astype(absorbed[:, 0, 0] * 0, xp.float32)
+    rows, n_kv_heads = step.kept_rows, step.layer.group.n_kv_heads
+    size = (*rows.shape[:2], step.layer.n_heads // n_kv_heads, rows.shape[2])
+    weights = xp.ones(size, dtype=step.dtype, **backend.placement)
     return {
-        "reconstruct_rows": lambda b: b.reconstruct_rows(step.segment, rows),
-        "lowrank_attention": lambda b: b.lowrank_attention(step.queries, step.segment, *dense),
-        "selected_attention": lambda b: b.selected_attention(
-            step.queries, step.segment, chunks, size, *dense
-        ),
-        "chunk_scores": lambda b: b.chunk_scores(step.queries, step.landmarks, step.scale),
+        "rebuild_rows": lambda b: [b.rebuild_rows(keys, rows)],
+        "index_scores": lambda b: [b.index_scores(absorbed, keys.latent, offsets, n_kv_heads)],
+        "weigh_rows": lambda b: [b.weigh_rows(values.latent, rows, weights)],
     }
 
 
 def _time_attention(
     backend_name: str, lengths: list[int], max_seconds: float, say: Callable[..., Any]
 ) -> list[dict[str, Any]]:
-    """Time one layer's decode attention of an 8B model in its three forms."""
-    backend = load_backend(backend_name)
-    shape = LLAMA_8B if backend.device_name != "cpu" else replace(LLAMA_8B, dtype="float32")
-    say(f"attention of one layer, 32 heads, 8 KV heads of 128, ranks 384/576, {shape.dtype}")
+    """Time one layer's decode attention of an 8B model over the full cache and the working set."""
+    backend, shape = load_backend(backend_name), LLAMA_8B
+    say(f"attention of one layer, 32 heads, 8 KV heads of 128, 8 x smaller, {shape.dtype}")
     found: list[dict[str, Any]] = []
     seconds, last_length = 0.0, 0
     for n_tokens in sorted(lengths):
@@ -137,9 +146,10 @@ def _time_attention(
             continue
         began = time.perf_counter()
         step = DecodeStep(backend, shape, n_tokens)
-        timings = time_alternating(backend, step.forms(), 3)
+        forms = {name: form for name, form in step.forms().items() if name != "every row"}
+        timings = time_alternating(backend, forms, 3)
         seconds, last_length = time.perf_counter() - began, n_tokens
-        entry |= {f"{name}_ms": timing.median_ms for name, timing in timings.items()}
+        entry |= {f"{name.replace(' ', '_')}_ms": x.median_ms for name, x in timings.items()}
         found.append(entry)
         full = timings["full"].median_ms
         parts = [
@@ -149,14 +159,56 @@ def _time_attention(
     return found
 
 
+def _estimate(backend: Backend, lengths: list[int], say: Callable[..., Any]) -> dict[str, Any]:
+    """Rate the device, and say what it makes a decode step of Llama-3.1-8B by arithmetic."""
+    chip, model = measured_chip(backend), LLAMA_8B.model
+    entries = []
+    for n_tokens in lengths:
+        full, working_set = (
+            milliseconds(chip, parts, model.n_layers, model.weight_bytes)
+            for parts in model.forms(LLAMA_8B.config, n_tokens, chip.sorts)
+        )
+        entries.append({"tokens": n_tokens, "full_ms": full, "working_set_ms": working_set})
+    say(
+        f"estimate  {chip.bandwidth / 1e9:.3g} GB/s and {chip.products / 1e12:.3g} TFLOP/s measured"
+        "; Llama-3.1-8B in 4 bits by arithmetic, full cache and working set: "
+        + ", ".join(
+            f"{x['full_ms']:.1f} and {x['working_set_ms']:.1f} ms a token at {x['tokens']}"
+            for x in entries
+        )
+    )
+    return {"bandwidth": chip.bandwidth, "products": chip.products, "decode": entries}
+
+
+def measured_chip(backend: Backend) -> Chip:
+    """This device by two small timings."""
+    xp, kind = backend.xp, "cpu" if backend.device_name == "cpu" else "gpu"
+    dtype = backend.step_dtype(xp.bfloat16)
+    shape = COPIED_BYTES[kind] // 4096, 1024
+    numbers = xp.ones(shape, dtype=xp.float32, **backend.placement)
+    matrix = xp.ones((SIDE[kind], SIDE[kind]), dtype=dtype, **backend.placement)
+    backend.evaluate(numbers, matrix)
+    forms = {"copy": lambda: [numbers + 1], "product": lambda: [matrix @ matrix]}
+    seconds = {k: x.median_ms / 1e3 for k, x in time_alternating(backend, forms, 5).items()}
+    is_metal = backend.name == "mlx"
+    return Chip(
+        backend.device_name,
+        2 * COPIED_BYTES[kind] / seconds["copy"],
+        2 * SIDE[kind] ** 3 / seconds["product"],
+        METAL_LAUNCH_US if is_metal else CUDA_LAUNCH_US,
+        is_metal,
+        "measured",
+    )
+
+
 def _verdict(report: dict[str, Any]) -> str:
     failed = [k for k in report["kernels"] if k["status"] == "failed"]
     timed = [a for a in report["attention"] if "left_out" not in a]
     speed = ""
     if timed:
         last = timed[-1]
-        ratio = last["full_ms"] / last["selective_ms"]
-        speed = f"; selective attention runs at {ratio:.1f} x full attention at {last['tokens']}"
+        ratio = last["full_ms"] / last["working_set_ms"]
+        speed = f"; the working set runs at {ratio:.1f} x full attention at {last['tokens']}"
     if failed:
         names = ", ".join(sorted({k["kernel"] for k in failed}))
         return f"works on plain operations where kernels fail ({names}){speed}"
@@ -166,9 +218,11 @@ def _verdict(report: dict[str, Any]) -> str:
 
 
 def _bytes_needed(shape: StepShape, n_tokens: int) -> int:
-    """Rough peak of one timing: dense rows, factors and their float32 drafts."""
-    width = shape.n_kv_heads * shape.head_dim
-    return 4 * shape.batch * n_tokens * (4 * width + 2 * (shape.rank_k + shape.rank_v))
+    """Rough peak of one timing: dense rows, wide copies of them, and latents."""
+    layer = shape.layer(n_tokens)
+    latents = sum(layer.latent_row_bytes(x) for x in (layer.key_bits, layer.value_bits))
+    dense = layer.group.row_elements * (layer.item_bytes + 4)
+    return shape.batch * n_tokens * (dense + 2 * latents)
 
 
 def _memory_bytes() -> int:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from xkv.checks.decode_cases import CASES, CHUNK_SIZE, DecodeInputs
+from xkv.checks.decode_cases import CASES, DecodeInputs
+from xkv.ops.attention import attend_all, attend_set
 from xkv.ops.backend import Backend
-from xkv.ops.selection import chunk_rows, make_landmarks
-from xkv.ops.types import Array, Landmarks, RopeSpec
+from xkv.ops.index import absorbed_queries
+from xkv.ops.types import Array
 from xkv.store.svd import factorize
 
-PARITY_CASES = (CASES[0], CASES[1], CASES[4])
+PARITY_CASES = (CASES[0], CASES[1], CASES[4], CASES[6])
 """Those with enough dense rows to quantize and to factor."""
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -34,10 +36,15 @@ def _pack(backend: Backend, x: Array, dtype: str, bits: int) -> tuple[Array, ...
     return words, *(xp.astype(parameter, x.dtype) for parameter in parameters)
 
 
+def _drawn(x: DecodeInputs) -> Array:
+    """The dense keys that were not computed, and so are the same bits everywhere."""
+    return x.dense.keys[..., x.case.n_kept :, :]
+
+
 def _quantize(bits: int) -> Operation:
     # as bytes: the same 32 bits are an int32 here and a uint32 there
     def words(backend: Backend, x: DecodeInputs, dtype: str) -> np.ndarray:
-        packed = backend.to_numpy(_pack(backend, x.keys, dtype, bits)[0])
+        packed = backend.to_numpy(_pack(backend, _drawn(x), dtype, bits)[0])
         return np.ascontiguousarray(packed).view(np.uint8)
 
     return words
@@ -45,48 +52,63 @@ def _quantize(bits: int) -> Operation:
 
 def _dequantize(bits: int) -> Operation:
     return lambda backend, x, dtype: backend.dequantize(
-        _pack(backend, x.keys, dtype, bits), QUANTIZATION_GROUP, bits
+        _pack(backend, _drawn(x), dtype, bits), QUANTIZATION_GROUP, bits
     )
 
 
-def _quantized_matmul(bits: int) -> Operation:
-    return lambda backend, x, dtype: backend.quantized_matmul(
-        x.values, _pack(backend, x.keys, dtype, bits), QUANTIZATION_GROUP, bits
-    )
+def _rebuild_rows(name: str) -> Operation:
+    def rebuild(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
+        return backend.rebuild_rows(getattr(x.segment, name), x.rows)
+
+    return rebuild
 
 
-def _landmarks(backend: Backend, x: DecodeInputs, dtype: str, bits: int) -> Landmarks:
-    """The dense keys as if each were a chunk's summary; the third is an outlier."""
-    xp = backend.xp
-    ids = xp.broadcast_to(backend.positions(0, x.keys.shape[2]), x.keys.shape[:3])
-    arrays = (x.keys,) if bits == 16 else _pack(backend, x.keys, dtype, bits)
-    return Landmarks(arrays, bits, QUANTIZATION_GROUP, ids == 2, CHUNK_SIZE)
+def absorbed_of(backend: Backend, x: DecodeInputs) -> Array:
+    """The queries of a case in its index."""
+    return absorbed_queries(backend, x.queries * x.scale, x.segment.keys)
 
 
-def _chunk_scores(bits: int) -> Operation:
-    return lambda backend, x, dtype: backend.chunk_scores(
-        x.queries, _landmarks(backend, x, dtype, bits), x.scale
-    )
+def offsets_of(backend: Backend, x: DecodeInputs) -> Array:
+    """What a case's dense rows give, near enough: a number a query."""
+    n_queries = x.queries.shape[1] * x.queries.shape[2]
+    numbers = backend.positions(0, x.queries.shape[0] * n_queries) / 7.0
+    dtype = backend.accumulate_dtype(x.queries)
+    shape = (x.queries.shape[0], n_queries)
+    return backend.xp.astype(backend.xp.reshape(numbers, shape), dtype)
 
 
-def _select_chunks(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
-    """The scores of the chosen chunks in order: near ties may be chosen either way."""
-    xp, landmarks = backend.xp, _landmarks(backend, x, dtype, 8)
-    chunks = backend.select_chunks(x.queries, landmarks, 7 * CHUNK_SIZE, x.scale)
-    scores = backend.chunk_scores(x.queries, landmarks, x.scale)
-    return xp.sort(xp.take_along_axis(scores, xp.astype(chunks, xp.int64), axis=-1), axis=-1)
+def _index_scores(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
+    absorbed, latent = absorbed_of(backend, x), x.segment.keys.latent
+    return backend.index_scores(absorbed, latent, offsets_of(backend, x), x.case.n_kv_heads)
 
 
-def _make_landmarks(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
-    keys = x.keys[..., : x.keys.shape[2] // CHUNK_SIZE * CHUNK_SIZE, :]
-    return make_landmarks(backend, keys, CHUNK_SIZE, 1, 16)[0].arrays[0]
+def _weigh_rows(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
+    """By what a softmax would give."""
+    shape = (*x.rows.shape[:2], x.case.n_heads // x.case.n_kv_heads, x.rows.shape[2])
+    numbers = backend.positions(0, math.prod(shape)) % 17 / 100.0
+    numbers = backend.xp.reshape(numbers, shape)
+    weights = backend.xp.astype(numbers, x.queries.dtype)
+    return backend.weigh_rows(x.segment.values.latent, x.rows, weights)
+
+
+def _attend_all(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
+    return attend_all(backend, x.queries, x.segment, x.dense, x.scale)
+
+
+def _attend_set(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
+    """With all rows that are not kept rebuilt: which ones matter is decided by near ties else."""
+    n_rebuilt = x.case.n_rows - x.case.n_kept
+    given = backend, x.queries, x.segment, x.dense, x.scale, n_rebuilt, x.kept_rows, 0
+    return attend_set(*given)[0]
 
 
 def _factorize(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
     """``latent @ bases`` of two layers whose columns fade."""
     xp = backend.xp
-    fading = backend.constant([0.8**i for i in range(x.keys.shape[-1])], x.keys.dtype)
-    layers = [xp.permute_dims(rows * fading, (0, 2, 1, 3)) for rows in (x.keys, x.values)]
+    fading = backend.constant([0.8**i for i in range(x.dense.keys.shape[-1])], x.dense.keys.dtype)
+    layers = [
+        xp.permute_dims(rows * fading, (0, 2, 1, 3)) for rows in (x.dense.keys, x.dense.values)
+    ]
     latent, bases, _ = factorize(backend, layers, 12)
     return latent @ xp.concat([xp.reshape(x, (*x.shape[:2], -1)) for x in bases], axis=-1)
 
@@ -94,7 +116,7 @@ def _factorize(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
 def _gram(backend: Backend, x: DecodeInputs) -> Array:
     """A positive definite matrix like those that the factorization meets."""
     xp = backend.xp
-    rows = xp.astype(x.keys[0, 0], backend.accumulate_dtype(x.keys))
+    rows = xp.astype(x.dense.keys[0, 0], backend.accumulate_dtype(x.dense.keys))
     eye = xp.eye(rows.shape[0], dtype=rows.dtype, **backend.placement)
     return rows @ xp.matrix_transpose(rows) / rows.shape[1] + eye
 
@@ -109,55 +131,36 @@ def _eigh(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
     return (vectors * values[..., None, :] ** 0.5) @ backend.xp.matrix_transpose(vectors)
 
 
-def _spec(x: DecodeInputs) -> RopeSpec:
-    spec = x.segment.rope_runs[0].spec
-    assert spec is not None
-    return spec
-
-
 def _rope(inverse: bool) -> Operation:
-    return lambda backend, x, dtype: backend.rope(x.keys, x.segment.start, _spec(x), inverse)
+    return lambda backend, x, dtype: backend.rope(
+        x.dense.keys, x.segment.keys.start, x.case.spec, inverse
+    )
 
 
-def _rotate_runs(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
-    rows = backend.xp.concat([x.queries] * 6, axis=-2)
-    return backend.rotate_runs(rows, backend.positions(5, 3), 2, _spec(x))
-
-
-def _lowrank_attention(is_masked: bool) -> Operation:
-    def attention(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
-        n_rows = x.segment.latent_k.shape[1] + x.keys.shape[2]
-        mask = backend.positions(0, n_rows)[None] % 3 > 0 if is_masked else None
-        return backend.lowrank_attention(x.queries, x.segment, x.keys, x.values, x.scale, mask)
-
-    return attention
+def _rope_at(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
+    rows = x.rows[..., : x.dense.keys.shape[2]]
+    return backend.rope(x.dense.keys[..., : rows.shape[-1], :], rows, x.case.spec)
 
 
 OPERATIONS: dict[str, Operation] = {
     "rope": _rope(False),
     "rope inverse": _rope(True),
-    "rotate_runs": _rotate_runs,
+    "rope at positions": _rope_at,
     "cholesky": lambda backend, x, dtype: backend.cholesky(_gram(backend, x)),
     "triangular_inverse": _triangular_inverse,
     "eigh": _eigh,
     "factorize": _factorize,
     **{f"quantize {bits} bits": _quantize(bits) for bits in BITS},
     **{f"dequantize {bits} bits": _dequantize(bits) for bits in BITS},
-    **{f"quantized_matmul {bits} bits": _quantized_matmul(bits) for bits in BITS},
     "attention": lambda backend, x, dtype: backend.attention(
-        x.queries, x.keys, x.values, x.scale, None
+        x.queries, x.dense.keys, x.dense.values, x.scale, None
     ),
-    "reconstruct_keys": lambda backend, x, dtype: backend.reconstruct_keys(x.segment),
-    "reconstruct_rows": lambda backend, x, dtype: backend.reconstruct_rows(
-        x.segment, chunk_rows(backend, x.chunks, CHUNK_SIZE)
-    ),
-    "lowrank_attention": _lowrank_attention(False),
-    "lowrank_attention masked": _lowrank_attention(True),
-    "make_landmarks": _make_landmarks,
-    **{f"chunk_scores {bits} bits": _chunk_scores(bits) for bits in (4, 8, 16)},
-    "select_chunks": _select_chunks,
-    "selected_attention": lambda backend, x, dtype: backend.selected_attention(
-        x.queries, x.segment, x.chunks, CHUNK_SIZE, x.keys, x.values, x.scale
-    ),
+    "absorbed_queries": lambda backend, x, dtype: absorbed_of(backend, x),
+    "index_scores": _index_scores,
+    "rebuild_rows keys": _rebuild_rows("keys"),
+    "rebuild_rows values": _rebuild_rows("values"),
+    "weigh_rows": _weigh_rows,
+    "attend_all": _attend_all,
+    "attend_set": _attend_set,
 }
 """By name; the first word is the operation's, as kernels know it."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from xkv.config import DECODE_TOKENS, Rank, XKVConfig
 from xkv.errors import InputError
-from xkv.tiny import CHECKPOINT_DIR, SELECTION
+from xkv.tiny import CHECKPOINT_DIR
 
 KERNELS = ("auto", "on", "off")
 
@@ -59,22 +59,23 @@ def add_compression_flags(parser: argparse.ArgumentParser, has_kernels: bool = T
         ("sinks", "first tokens that stay dense"),
         ("window", "last tokens that stay dense"),
         ("max-tail", "tokens after the window that stay dense before they are folded in"),
-        ("budget", "tokens a decode step reconstructs in selective attention"),
-        ("chunk-size", "tokens that are selected together"),
-        ("landmark-bits", "bits of the chunks' summary keys: 4, 8 or 16"),
+        ("budget", "stored rows that a decode step attends to"),
     ):
-        field = name.replace("-", "_")
-        default = getattr(XKVConfig, field)
-        text += f" (default: {default}"
-        if field in SELECTION:
-            text += f"; bundled model: {SELECTION[field]}"
-            default = argparse.SUPPRESS
-        cache.add_argument(f"--{name}", type=int, default=default, help=f"{text})")
+        default = getattr(XKVConfig, name.replace("-", "_"))
+        text += f" (default: {'as many as pay' if default is None else default})"
+        cache.add_argument(f"--{name}", type=int, default=default, help=text)
+    cache.add_argument(
+        "--kept-share",
+        type=float,
+        default=XKVConfig.kept_share,
+        help="share of the bytes held for rows that stay ready between decode steps "
+        f"(default: {XKVConfig.kept_share})",
+    )
     cache.add_argument(
         "--attention",
-        choices=["auto", "dense", "selective"],
+        choices=["auto", "exact"],
         default=XKVConfig.attention,
-        help="decode attention over every compressed row, or over the selected ones "
+        help="attend to the stored rows that matter most, or to every one "
         f"(default: {XKVConfig.attention})",
     )
     if has_kernels:
@@ -158,7 +159,7 @@ def check_flags(args: argparse.Namespace, writes_file: bool = False) -> XKVConfi
     is_in_file = not writes_file and vars(args).get("prompt_cache_file") is not None
     if args.model is None and not is_in_file:
         args.model = str(CHECKPOINT_DIR)
-    config = config_from(args, args.model == str(CHECKPOINT_DIR))
+    config = config_from(args)
     check_numbers(args)
     if is_in_file and vars(args).get("draft_model") is not None:
         raise InputError("--draft-model needs the whole prompt, not --prompt-cache-file")
@@ -198,17 +199,16 @@ def has_compression_flags(args: argparse.Namespace) -> bool:
     )
 
 
-def config_from(args: argparse.Namespace, is_bundled: bool) -> XKVConfig | None:
+def config_from(args: argparse.Namespace) -> XKVConfig | None:
     """The configuration that the flags ask for; None with ``--group-size 0``.
 
     Args:
         args: With the flags of :func:`add_compression_flags`.
-        is_bundled: Whether the model is the one that comes with xkv, which has defaults of its own.
 
     Raises:
         InputError: If the flags contradict each other.
     """
-    chosen = {**(SELECTION if is_bundled else {}), **vars(args)}
+    chosen = vars(args)
     names = set(_compression_defaults()) & set(chosen)
     group_size, grouping = vars(args).get("group_size"), args.grouping
     if group_size is not None and grouping not in (None, "consecutive", "cka"):

@@ -125,7 +125,7 @@ def _spectrum(
         "group": number,
         "layers": list(layers),
         "tensor": tensor,
-        "rank": store.basis.rank,
+        "rank": store.latent.rank,
         "joint": _short(joint.singular_values),
         "single": [_short(x.singular_values) for x in single],
         "joint_curve": _curve(joint.left_out(), n_rows, joint.width),

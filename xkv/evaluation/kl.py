@@ -23,9 +23,10 @@ KL = "kl"
 METHODS = (
     *(f"quantized:bits={bits}" for bits in (8, 4, 3, 2)),
     *(f"lloydmax:bits={bits}" for bits in (4, 3, 2)),
-    "xkv",
-    "xkv:latent_bits=16,compression=8",
-    "svd:compression=8",
+    "xkv:attention=exact",
+    "xkv:compression=8",
+    "xkv:latent_bits=16,compression=8,attention=exact",
+    "svd:compression=8,attention=exact",
 )
 """Beside the full cache, where none are asked for."""
 

@@ -30,7 +30,9 @@ class Prefix(PromptLayer):
         """
         return None
 
-    def attend(self, queries: Array, scale: float, mask: Array | None) -> Array:
+    def attend(
+        self, queries: Array, scale: float, mask: Array | None, sinks: Array | None = None
+    ) -> Array:
         """Every question sees the document and its own tokens up to the newest, in order.
 
         ``mask`` is by position and says the same.

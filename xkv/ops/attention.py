@@ -1,16 +1,25 @@
-"""Decode attention over a low-rank segment and dense rows: the plain form of fused operations."""
+"""Attention over a compressed segment and dense rows, and what it rebuilds of stored rows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from xkv.ops.packed import Packed, unpacked
+from xkv.ops.index import absorbed_queries, top_rows
+from xkv.ops.latent import Latent
 from xkv.ops.protocol import Operations
-from xkv.ops.types import Array, Factor, RopeRun, Segment
+from xkv.ops.scores import Dense, grouped_scores, masked, without_unused
+from xkv.ops.types import Array, RopeRun, Segment, Stored
 
 RAISED = 128.0
 """Weights of a million rows stay normal numbers, and sums finite for values up to 511."""
+
+MAX_SWAPS = 32
+"""Kept rows, the worst, that a step replaces by the best of the others; a quarter of few.
+
+The worst may have been better. It is then among the next step's best, and costs what they do.
+"""
 
 
 def rope_rows(
@@ -25,83 +34,226 @@ def rope_rows(
     return rotated[0] if len(rotated) == 1 else backend.xp.concat(rotated, axis=-2)
 
 
-def reconstruct(backend: Operations, latent: Factor, basis: Factor) -> Array:
-    """``latent @ basis`` as ``[B, n_kv_heads, L, head_dim]``."""
+def wide_basis(backend: Operations, basis: Array, dtype: Any) -> Array:
+    """A basis ``[B, r, n_kv_heads, dim]`` in a dtype; a copy is laid out as products take it."""
+    xp, order = backend.xp, (0, 2, 1, 3)
+    return xp.permute_dims(xp.astype(xp.permute_dims(basis, order), dtype), order)
+
+
+def rebuild_all(backend: Operations, stored: Stored) -> Array:
+    """Every row of a segment, ``[B, n_kv_heads, L, dim]``, keys rotated."""
     xp = backend.xp
-    batch, rank, n_kv_heads, head_dim = basis.shape
-    latent, basis = unpacked(backend, latent), unpacked(backend, basis)
-    product = latent @ xp.reshape(basis, (batch, rank, n_kv_heads * head_dim))
-    product = xp.reshape(product, (batch, latent.shape[-2], n_kv_heads, head_dim))
-    return xp.permute_dims(product, (0, 2, 1, 3))
+    latent = stored.latent.unpack(backend, stored.basis.dtype)
+    _, rank, n_heads, dim = stored.basis.shape
+    product = latent @ xp.reshape(stored.basis, (-1, rank, n_heads * dim))
+    product = xp.reshape(product, (*latent.shape[:2], n_heads, dim))
+    rows = xp.permute_dims(product, (0, 2, 1, 3))
+    if not stored.rope_runs or not latent.shape[1]:
+        return rows
+    return rope_rows(backend, rows, stored.start, stored.rope_runs)
 
 
-def reconstruct_keys(backend: Operations, segment: Segment) -> Array:
-    """A segment's rotated keys, ``[B, n_kv_heads, L, head_dim]``."""
-    keys = reconstruct(backend, segment.latent_k, segment.basis_k)
-    return rope_rows(backend, keys, segment.start, segment.rope_runs)
+def take_rows(backend: Operations, latent: Latent, rows: Array) -> Latent:
+    """Rows of a latent for each KV head: ``[B, L, r]`` -> ``[B, n_kv_heads, n, r]``, packed."""
+    xp = backend.xp
+    batch, n_rows = latent.shape[:2]
+    if batch > 1:
+        first = xp.arange(batch, **backend.placement)[:, None, None] * n_rows
+        rows = rows + xp.astype(first, rows.dtype)
+    flat = xp.reshape(rows, (-1,))
+
+    def take(x: Array) -> Array:
+        taken = xp.take(xp.reshape(x, (batch * n_rows, -1)), flat, axis=0)
+        return xp.reshape(taken, (*rows.shape, -1))
+
+    return latent.map(take)
 
 
-def lowrank_attention(
+def rebuild_rows(backend: Operations, stored: Stored, rows: Array) -> Array:
+    """Some rows of a layer's keys, rotated, or values, for each KV head.
+
+    Args:
+        stored: Keys, whose ``rope_runs`` may hold several specs, or values.
+        rows: Row numbers, ``[B, n_kv_heads, n]``.
+
+    Returns:
+        ``[B, n_kv_heads, n, dim]``
+    """
+    xp = backend.xp
+    taken, basis = take_rows(backend, stored.latent, rows), stored.basis
+    by_head, rebuilt = xp.permute_dims(basis, (0, 2, 1, 3)), None
+    for at, piece in taken.pieces():
+        product = piece.unpack(backend, basis.dtype) @ by_head[..., at, :]
+        rebuilt = product if rebuilt is None else rebuilt + product
+    rotated, first = rebuilt, 0
+    for n_rows, spec in stored.rope_runs:
+        if spec is not None:
+            turned = backend.rope(rebuilt, rows + stored.start, spec)
+            is_inside = ((rows >= first) & (rows < first + n_rows))[..., None]
+            is_alone = len(stored.rope_runs) == 1
+            rotated = turned if is_alone else xp.where(is_inside, turned, rotated)
+        first += n_rows
+    return rotated
+
+
+def attend_all(
     backend: Operations,
     queries: Array,
     segment: Segment,
-    keys: Array,
-    values: Array,
+    dense: Dense,
     scale: float,
     mask: Array | None = None,
+    sinks: Array | None = None,
 ) -> Array:
-    """Attend to every row of a segment and to dense rows, values never reconstructed.
+    """Attend to every row of a segment and to dense rows, values never rebuilt.
 
     ``(p A_v) B_v`` equals ``p V``: the weights are applied to the latent, then the basis once.
 
     Args:
         queries: ``[B, n_heads, Lq, head_dim]``, rotated.
         segment: The layer's compressed rows.
-        keys: ``[B, n_kv_heads, D, head_dim]``, rotated dense rows.
-        values: ``[B, n_kv_heads, D, value_dim]``.
+        dense: The others.
         scale: Factor on the scores.
         mask: Boolean ``[..., Lq, L + D]`` over the segment's rows, then the dense ones; True
             attends. None attends to all.
+        sinks: ``[n_heads]``: scores of nothing, that take a part of each head's weights.
 
     Returns:
         ``[B, n_heads, Lq, value_dim]`` in the queries' dtype; the softmax is in float32 or wider.
     """
-    xp = backend.xp
-    scores = grouped_scores(backend, queries, [backend.reconstruct_keys(segment), keys], scale)
-    if mask is not None:
-        per_head = xp.reshape(scores, (*queries.shape[:3], scores.shape[-1]))
-        per_head = xp.where(mask, per_head, xp.finfo(scores.dtype).min)
-        scores = xp.reshape(per_head, scores.shape)
-    scores = without_unused(backend, scores, keys.shape[-2], segment.n_dense)
-    latent_v = segment.latent_v
-    if not isinstance(latent_v, Packed):
-        latent_v = latent_v[:, None]
-    return attend_parts(backend, queries, scores, latent_v, segment.basis_v, values)
+    queries, keys = queries * scale, rebuild_all(backend, segment.keys)
+    scores = grouped_scores(backend, queries, [keys, dense.keys])
+    scores = without_unused(backend, masked(backend, queries, scores, mask), dense)
+    latent = segment.values.latent.unpack(backend, segment.values.basis.dtype)[:, None]
+    return _weighted(
+        *(backend, queries, scores, latent.shape[-2], lambda weights: weights @ latent),
+        *(segment.values, dense, sinks),
+    )
 
 
-def grouped_scores(
-    backend: Operations, queries: Array, key_parts: Sequence[Array], scale: float
+def attend_latent(
+    backend: Operations,
+    queries: Array,
+    stored: Stored,
+    rows: tuple[Array, Array],
+    scale: float,
+    bias: Array,
 ) -> Array:
-    """Scores over several arrays of keys, side by side.
+    """Attention whose keys are its values and are not rotated, as those of an MLA model's latent.
 
-    Query heads that share a KV head are rows of one product: ``[B, n_kv_heads, n_heads //
-    n_kv_heads * Lq, rows]``, in float32 or wider.
+    The basis is multiplied into queries and outputs, so that no row is rebuilt; exact over what is
+    stored.
+
+    Args:
+        queries: ``[B, n_heads, 1, dim]``
+        stored: The segment, of one KV head.
+        rows: Dense ones before and after it, ``[B, 1, n, dim]``.
+        scale: Factor on the scores.
+        bias: ``[B, n_heads, 1, offset]``: added to them, by position.
     """
     xp = backend.xp
-    grouped = xp.reshape(
-        queries * scale, (queries.shape[0], key_parts[0].shape[1], -1, queries.shape[-1])
+    basis = stored.basis[:, None, :, 0]
+    latent = stored.latent.unpack(backend, basis.dtype)[:, None]
+    parts = [xp.astype(rows[0], queries.dtype), latent, xp.astype(rows[1], queries.dtype)]
+    queries = queries * scale
+    absorbed = [queries, queries @ xp.matrix_transpose(basis), queries]
+    scores = xp.concat(
+        [q @ xp.matrix_transpose(part) for q, part in zip(absorbed, parts, strict=True)], axis=-1
     )
-    scores = xp.concat([grouped @ xp.matrix_transpose(keys) for keys in key_parts], axis=-1)
-    return xp.astype(scores, backend.accumulate_dtype(queries))
+    scores = xp.astype(scores, backend.accumulate_dtype(queries)) + bias
+    weights, raised = raised_weights(backend, xp.softmax(scores, -1), queries.dtype)
+    first, last = parts[0].shape[-2], parts[0].shape[-2] + latent.shape[-2]
+    output = weights[..., first:last] @ latent @ basis
+    output = output + weights[..., :first] @ parts[0] + weights[..., last:] @ parts[2]
+    return output if raised == 1 else output / raised
 
 
-def without_unused(backend: Operations, scores: Array, n_rows: int, n_used: Array | None) -> Array:
-    """Scores whose last ``n_rows`` columns are dense rows, with no weight on unused ones."""
-    if n_used is None:
-        return scores
+def weigh_rows(backend: Operations, latent: Latent, rows: Array, weights: Array) -> Array:
+    """Weighted sums of some rows of a latent, for each KV head.
+
+    Args:
+        latent: ``[B, L, r]``
+        rows: Row numbers, ``[B, n_kv_heads, n]``.
+        weights: ``[B, n_kv_heads, M, n]``
+
+    Returns: ``[B, n_kv_heads, M, r]`` in the weights' dtype.
+    """
+    taken = take_rows(backend, latent, rows)
+    sums = [weights @ piece.unpack(backend, weights.dtype) for _, piece in taken.pieces()]
+    return sums[0] if len(sums) == 1 else backend.xp.concat(sums, axis=-1)
+
+
+class Swap(NamedTuple):
+    """What comes into a working set after a step."""
+
+    slots: Array
+    """``[B, n_kv_heads, n]``"""
+    rows: Array
+    """Row numbers of the segment, as many."""
+    keys: Array
+    """``[B, n_kv_heads, n, head_dim]``"""
+    values: Array
+
+
+def attend_set(
+    backend: Operations,
+    queries: Array,
+    segment: Segment,
+    dense: Dense,
+    scale: float,
+    n_rebuilt: int,
+    kept_rows: Array | None,
+    first_slot: int,
+    mask: Array | None = None,
+    sinks: Array | None = None,
+) -> tuple[Array, Swap | None]:
+    """Attend to the rows of a segment that matter most and to dense rows, some of which are kept.
+
+    The index scores every row; the best that are not kept are rebuilt, and gone after the step but
+    for the very best, which take the place of the worst that are kept.
+
+    Args:
+        queries: ``[B, n_heads, Lq, head_dim]``, rotated, few; they all attend to the same rows.
+        segment: The layer's compressed rows, more than ``n_rebuilt`` and those kept.
+        dense: The others, and the working set's slots.
+        scale: Factor on the scores.
+        n_rebuilt: Rows to rebuild for each KV head.
+        kept_rows: Distinct row numbers that the slots hold, ``[B, n_kv_heads, K]``; None without.
+        first_slot: Number of the first slot's dense row.
+        mask: Boolean ``[..., Lq, D]`` over dense rows.
+        sinks: As in :func:`attend_all`.
+
+    Returns:
+        ``[B, n_heads, Lq, value_dim]``, and what comes into the slots.
+    """
     xp = backend.xp
-    rows = xp.arange(scores.shape[-1], **backend.placement) - (scores.shape[-1] - n_rows)
-    return xp.where(rows < n_used, scores, xp.finfo(scores.dtype).min)
+    batch, n_kv_heads = queries.shape[0], dense.keys.shape[1]
+    queries = queries * scale
+    beside = grouped_scores(backend, queries, [dense.keys])
+    beside = without_unused(backend, masked(backend, queries, beside, mask), dense)
+    # how much a head gives to rows that need no rebuilding: by less than that, others do not matter
+    offsets = xp.reshape(backend.logsumexp(beside), (batch, -1))
+    absorbed = absorbed_queries(backend, queries, segment.keys)
+    worth = backend.index_scores(absorbed, segment.keys.latent, offsets, n_kv_heads)
+    missing = worth
+    if kept_rows is not None:
+        missing = backend.put_along(worth, kept_rows, backend.constant([-math.inf], worth.dtype))
+    rows = top_rows(backend, missing, n_rebuilt)
+    keys = backend.rebuild_rows(segment.keys, rows)
+    scores = xp.concat([grouped_scores(backend, queries, [keys]), beside], axis=-1)
+
+    def weigh(weights: Array) -> Array:
+        return backend.weigh_rows(segment.values.latent, rows, weights)
+
+    output = _weighted(backend, queries, scores, n_rebuilt, weigh, segment.values, dense, sinks)
+    n_swaps = 0 if kept_rows is None else min(MAX_SWAPS, kept_rows.shape[-1] // 4, n_rebuilt)
+    if not n_swaps:
+        return output, None
+    slots = xp.argsort(backend.take_along(worth, kept_rows), axis=-1)[..., :n_swaps]
+    best = xp.argsort(-backend.take_along(missing, rows), axis=-1)[..., :n_swaps]
+    entering = backend.take_along(rows, best)
+    values = backend.rebuild_rows(segment.values, entering)
+    return output, Swap(slots, entering, backend.take_along(keys, best), values)
 
 
 def raised_weights(backend: Operations, weights: Array, dtype: Any) -> tuple[Array, float]:
@@ -115,34 +267,34 @@ def raised_weights(backend: Operations, weights: Array, dtype: Any) -> tuple[Arr
     return backend.xp.astype(weights * raised if is_narrow else weights, dtype), raised
 
 
-def attend_parts(
+def _weighted(
     backend: Operations,
     queries: Array,
     scores: Array,
-    latent_v: Factor,
-    basis_v: Factor,
-    values: Array,
+    n_stored: int,
+    weigh: Callable[[Array], Array],
+    stored: Stored,
+    dense: Dense,
+    sinks: Array | None,
 ) -> Array:
     """Softmax over :func:`grouped_scores`; values in latent space first, then dense ones.
 
     Args:
-        latent_v: ``[B, 1 or n_kv_heads, S, rank_v]``, or packed ``[B, S, rank_v]``: the first S
-            columns of ``scores``.
-        basis_v: ``[B, rank_v, n_kv_heads, value_dim]``.
-        values: ``[B, n_kv_heads, D, value_dim]``, the other columns.
+        n_stored: The first columns of ``scores``.
+        weigh: Sums the latents of these rows by weights ``[B, n_kv_heads, M, n_stored]``.
+        stored: Values.
+        dense: The other columns.
     """
     xp = backend.xp
+    if sinks is not None:
+        n_rows = scores.shape[2] * scores.shape[1] // sinks.shape[0]
+        each = xp.reshape(xp.astype(sinks, scores.dtype), (scores.shape[1], -1, 1))
+        each = xp.reshape(xp.broadcast_to(each, (*each.shape[:2], n_rows)), (1, *scores.shape[1:3]))
+        each = xp.broadcast_to(each, scores.shape[:3])[..., None]
+        scores = xp.concat([scores, each], axis=-1)
     weights, raised = raised_weights(backend, xp.softmax(scores, -1), queries.dtype)
-    n_latent = latent_v.shape[-2]
-    on_latent = weights[..., :n_latent]
-    if isinstance(latent_v, Packed):
-        batch, n_kv_heads, n_rows, _ = on_latent.shape
-        flat = xp.reshape(on_latent, (batch, n_kv_heads * n_rows, n_latent))
-        summed = latent_v.weighted_sum(backend, flat)
-        summed = xp.reshape(summed, (batch, n_kv_heads, n_rows, -1))
-    else:
-        summed = on_latent @ latent_v
-    output = summed @ xp.permute_dims(unpacked(backend, basis_v), (0, 2, 1, 3))
-    output = output + weights[..., n_latent:] @ values
+    output = weigh(weights[..., :n_stored]) @ xp.permute_dims(stored.basis, (0, 2, 1, 3))
+    on_dense = weights[..., n_stored : n_stored + dense.values.shape[-2]]
+    output = output + on_dense @ xp.astype(dense.values, queries.dtype)
     output = output if raised == 1 else output / raised
-    return xp.reshape(output, (*queries.shape[:3], values.shape[-1]))
+    return xp.reshape(output, (*queries.shape[:3], dense.values.shape[-1]))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from xkv.ops import attention, rope, selection
+from functools import cached_property
+from typing import Any
+
+from xkv.ops import attention, index, rope
 from xkv.ops.kernels import KernelDispatch
+from xkv.ops.latent import Latent
 from xkv.ops.protocol import Operations
-from xkv.ops.types import Array, Landmarks, RopeSpec, Segment
+from xkv.ops.types import Array, RopeSpec, Stored
 
 
 class Backend(Operations):
@@ -17,6 +21,10 @@ class Backend(Operations):
     kernels: KernelDispatch
     """Decides where a kernel runs and where its plain twin."""
 
+    @cached_property
+    def _angles(self) -> dict[Any, Array]:
+        return {}
+
     def rope(
         self, x: Array, positions: Array | int, spec: RopeSpec, inverse: bool = False
     ) -> Array:
@@ -25,51 +33,28 @@ class Backend(Operations):
             positions = self.positions(positions, x.shape[-2])
         return rope.rotate(self, x, positions, spec, inverse)
 
-    def rotate_runs(self, x: Array, starts: Array, run_length: int, spec: RopeSpec) -> Array:
-        """:func:`xkv.ops.rope.rotate_runs`"""
-        return rope.rotate_runs(self, x, starts, run_length, spec)
-
-    def reconstruct_keys(self, segment: Segment) -> Array:
-        """:func:`xkv.ops.attention.reconstruct_keys`"""
-        return attention.reconstruct_keys(self, segment)
-
-    def lowrank_attention(
-        self,
-        queries: Array,
-        segment: Segment,
-        keys: Array,
-        values: Array,
-        scale: float,
-        mask: Array | None = None,
+    def block_angles(
+        self, spec: RopeSpec, start: int, n_blocks: int, has_rest: bool, dtype: Any
     ) -> Array:
-        """:func:`xkv.ops.attention.lowrank_attention`"""
-        return attention.lowrank_attention(self, queries, segment, keys, values, scale, mask)
+        """:func:`xkv.ops.index.block_numbers` of at least so many blocks, kept for later calls."""
+        key = spec, start, has_rest, dtype
+        if key not in self._angles or self._angles[key].shape[0] < n_blocks:
+            # powers of two: a conversation that grows makes few
+            size = 1 << (n_blocks - 1).bit_length()
+            numbers = self.from_numpy(index.block_numbers(spec, start, size, has_rest))
+            self._angles[key] = self.xp.astype(numbers, dtype)
+        return self._angles[key]
 
-    def reconstruct_rows(self, segment: Segment, rows: Array) -> Array:
-        """:func:`xkv.ops.selection.reconstruct_rows`"""
-        return selection.reconstruct_rows(self, segment, rows)
+    def rebuild_rows(self, stored: Stored, rows: Array) -> Array:
+        """:func:`xkv.ops.attention.rebuild_rows`"""
+        return attention.rebuild_rows(self, stored, rows)
 
-    def chunk_scores(self, queries: Array, landmarks: Landmarks, scale: float) -> Array:
-        """:func:`xkv.ops.selection.chunk_scores`"""
-        return selection.chunk_scores(self, queries, landmarks, scale)
+    def weigh_rows(self, latent: Latent, rows: Array, weights: Array) -> Array:
+        """:func:`xkv.ops.attention.weigh_rows`"""
+        return attention.weigh_rows(self, latent, rows, weights)
 
-    def select_chunks(
-        self, queries: Array, landmarks: Landmarks, budget: int, scale: float
+    def index_scores(
+        self, absorbed: Array, latent: Latent, offsets: Array, n_kv_heads: int
     ) -> Array:
-        """:func:`xkv.ops.selection.select_chunks`"""
-        return selection.select_chunks(self, queries, landmarks, budget, scale)
-
-    def selected_attention(
-        self,
-        queries: Array,
-        segment: Segment,
-        chunks: Array,
-        chunk_size: int,
-        keys: Array,
-        values: Array,
-        scale: float,
-    ) -> Array:
-        """:func:`xkv.ops.selection.selected_attention`"""
-        return selection.selected_attention(
-            self, queries, segment, chunks, chunk_size, keys, values, scale
-        )
+        """:func:`xkv.ops.index.index_scores`"""
+        return index.index_scores(self, absorbed, latent, offsets, n_kv_heads)

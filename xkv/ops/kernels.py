@@ -9,9 +9,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from xkv.errors import InputError
-from xkv.ops.packed import Packed, unpacked
 from xkv.ops.protocol import Operations
-from xkv.ops.types import Array, Segment
+from xkv.ops.types import Array
 
 logger = logging.getLogger("xkv")
 
@@ -22,10 +21,7 @@ CHECK_TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2}
 
 
 class Kernel(Protocol):
-    """A fused operation in a device language. Arguments are those of the backend's method.
-
-    A kernel whose ``takes_packed`` is true reads packed latents. Bases always come as arrays.
-    """
+    """A fused operation in a device language. Arguments are those of the backend's method."""
 
     name: str
 
@@ -40,32 +36,6 @@ class Kernel(Protocol):
 
     def __call__(self, *args: Any) -> Array:
         """Launch."""
-
-
-def with_wide_bases(backend: Operations, argument: Any) -> Any:
-    """A segment with its bases as arrays, for this step only.
-
-    A basis is as long as the rank, not as the prompt, and each of a kernel's many threadgroups
-    reads it: widened once it costs less than widened in each.
-    """
-    if not isinstance(argument, Segment):
-        return argument
-    return argument._replace(
-        basis_k=unpacked(backend, argument.basis_k), basis_v=unpacked(backend, argument.basis_v)
-    )
-
-
-def _packed_problem(kernel: Kernel, args: tuple[Any, ...]) -> str | None:
-    """Why a kernel cannot take the latents as they are stored, or None."""
-    is_packed = any(
-        isinstance(latent, Packed)
-        for argument in args
-        if isinstance(argument, Segment)
-        for latent in (argument.latent_k, argument.latent_v)
-    )
-    if is_packed and not getattr(kernel, "takes_packed", False):
-        return f"kernel {kernel.name} takes latents in the KV dtype, and these are in fewer bits"
-    return None
 
 
 class KernelDispatch:
@@ -103,14 +73,11 @@ class KernelDispatch:
         """
         if self.mode != "off":
             why_not = (
-                self.device_problem()
-                or _packed_problem(kernel, args)
-                or kernel.why_not(*args)
-                or self._verdict(kernel, twin, *args)
+                self.device_problem() or kernel.why_not(*args) or self._verdict(kernel, twin, *args)
             )
             if why_not is None:
                 self.last_path[operation] = kernel.name
-                return kernel(*(with_wide_bases(self._backend, x) for x in args))
+                return kernel(*args)
             if self.mode == "on":
                 raise InputError(f"kernel {kernel.name} cannot run: {why_not}")
             if why_not not in self._told:

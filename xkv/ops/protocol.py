@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from xkv.ops.types import Array, Landmarks, RopeSpec, Segment
+from xkv.ops.types import Array, RopeSpec, Stored
 
 
 class Operations(ABC):
@@ -65,7 +65,7 @@ class Operations(ABC):
     def attention(
         self, queries: Array, keys: Array, values: Array, scale: float, mask: Array | None
     ) -> Array:
-        """The framework's attention; shapes as in :func:`xkv.ops.attention.lowrank_attention`."""
+        """The framework's attention, over keys and values ``[B, n_kv_heads, L, dim]``."""
 
     @abstractmethod
     def top_indices(self, scores: Array, count: int) -> Array:
@@ -90,20 +90,6 @@ class Operations(ABC):
         """``left @ right`` of 16-bit matrices ``[..., M, K]`` and ``[..., K, N]``, in float32."""
         xp = self.xp
         return xp.astype(left, xp.float32) @ xp.astype(right, xp.float32)
-
-    @abstractmethod
-    def quantized_matmul(
-        self,
-        x: Array,
-        packed: tuple[Array, ...],
-        group_size: int,
-        bits: int,
-        transpose: bool = True,
-    ) -> Array:
-        """``x @ dequantize(packed)^T``: ``[..., M, D]`` and ``[..., N, D]`` -> ``[..., M, N]``.
-
-        Without ``transpose``, ``x @ dequantize(packed)``: ``[..., M, N]`` -> ``[..., M, D]``.
-        """
 
     @abstractmethod
     def active_memory(self) -> int:
@@ -144,48 +130,43 @@ class Operations(ABC):
         """:func:`xkv.ops.rope.rotate`; an int stands for consecutive rows from that position on."""
 
     @abstractmethod
-    def rotate_runs(self, x: Array, starts: Array, run_length: int, spec: RopeSpec) -> Array:
-        """:func:`xkv.ops.rope.rotate_runs`"""
+    def logsumexp(self, x: Array) -> Array:
+        """``log(sum(exp(x)))`` over the last axis."""
 
     @abstractmethod
-    def reconstruct_keys(self, segment: Segment) -> Array:
-        """:func:`xkv.ops.attention.reconstruct_keys`"""
+    def take_along(self, x: Array, at: Array) -> Array:
+        """``[B, n_kv_heads, N(, dim)]`` at ``[B, n_kv_heads, n]`` of the third axis."""
 
     @abstractmethod
-    def lowrank_attention(
-        self,
-        queries: Array,
-        segment: Segment,
-        keys: Array,
-        values: Array,
-        scale: float,
-        mask: Array | None = None,
+    def put_along(self, x: Array, at: Array, values: Array, in_place: bool = False) -> Array:
+        """The inverse of :meth:`take_along`: ``x`` with other values there.
+
+        Args:
+            in_place: ``x`` is not needed any more, and may be what is returned.
+        """
+
+    def together(self, x: Array, others: Sequence[Array]) -> Array:
+        """``x``; where work is lazy, whoever computes it computes the others too."""
+        return x
+
+    def step_dtype(self, dtype: Any) -> Any:
+        """In which a decode step computes where rows are held in ``dtype``."""
+        return dtype
+
+    @abstractmethod
+    def block_angles(
+        self, spec: RopeSpec, start: int, n_blocks: int, has_rest: bool, dtype: Any
     ) -> Array:
-        """:func:`xkv.ops.attention.lowrank_attention`"""
+        """:func:`xkv.ops.index.block_numbers` of at least so many blocks, kept for later calls."""
 
     @abstractmethod
-    def reconstruct_rows(self, segment: Segment, rows: Array) -> Array:
-        """:func:`xkv.ops.selection.reconstruct_rows`"""
+    def rebuild_rows(self, stored: Stored, rows: Array) -> Array:
+        """:func:`xkv.ops.attention.rebuild_rows`"""
 
     @abstractmethod
-    def chunk_scores(self, queries: Array, landmarks: Landmarks, scale: float) -> Array:
-        """:func:`xkv.ops.selection.chunk_scores`"""
+    def weigh_rows(self, latent: Any, rows: Array, weights: Array) -> Array:
+        """:func:`xkv.ops.attention.weigh_rows`"""
 
     @abstractmethod
-    def select_chunks(
-        self, queries: Array, landmarks: Landmarks, budget: int, scale: float
-    ) -> Array:
-        """:func:`xkv.ops.selection.select_chunks`"""
-
-    @abstractmethod
-    def selected_attention(
-        self,
-        queries: Array,
-        segment: Segment,
-        chunks: Array,
-        chunk_size: int,
-        keys: Array,
-        values: Array,
-        scale: float,
-    ) -> Array:
-        """:func:`xkv.ops.selection.selected_attention`"""
+    def index_scores(self, absorbed: Array, latent: Any, offsets: Array, n_kv_heads: int) -> Array:
+        """:func:`xkv.ops.index.index_scores`"""

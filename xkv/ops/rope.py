@@ -19,24 +19,6 @@ def cos_sin(
     return xp.cos(angles), xp.sin(angles)
 
 
-def run_cos_sin(
-    backend: Operations, starts: Array, run_length: int, spec: RopeSpec, dtype: Any
-) -> tuple[Array, Array]:
-    """:func:`cos_sin` of ``n * run_length`` rows: runs of consecutive positions from ``starts``.
-
-    One cosine and sine a run instead of a row, by the angle sum: plain operations spend most of a
-    rotation on them. It differs from the direct form by the rounding of an angle.
-    """
-    xp = backend.xp
-    cos, sin = (x[..., None, :] for x in cos_sin(backend, starts, spec, dtype))
-    step_cos, step_sin = cos_sin(backend, backend.positions(0, run_length), spec, dtype)
-    shape = (*starts.shape[:-1], starts.shape[-1] * run_length, len(spec.freqs))
-    return (
-        xp.reshape(cos * step_cos - sin * step_sin, shape),
-        xp.reshape(sin * step_cos + cos * step_sin, shape),
-    )
-
-
 def rotate(
     backend: Operations, x: Array, positions: Array, spec: RopeSpec, inverse: bool = False
 ) -> Array:
@@ -53,14 +35,6 @@ def rotate(
     """
     cos, sin = cos_sin(backend, positions, spec, backend.accumulate_dtype(x))
     return turn(backend, x, cos, -sin if inverse else sin, spec, inverse)
-
-
-def rotate_runs(
-    backend: Operations, x: Array, starts: Array, run_length: int, spec: RopeSpec
-) -> Array:
-    """:func:`rotate` for rows ``[..., n * run_length, head_dim]`` that are runs from ``starts``."""
-    cos, sin = run_cos_sin(backend, starts, run_length, spec, backend.accumulate_dtype(x))
-    return turn(backend, x, cos, sin, spec)
 
 
 def turn(

@@ -1,4 +1,4 @@
-"""What operations take and give, as data: rotations, a compressed run of rows, its landmarks."""
+"""What operations take and give, as data: rotations, and a compressed run of rows."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from typing import Any, NamedTuple
 
 Array = Any
 """An array of the backend's framework."""
-
-Factor = Any
-"""An array in its own dtype, or a :class:`xkv.ops.packed.Packed`."""
 
 
 @dataclass(frozen=True)
@@ -82,49 +79,23 @@ class RopeRun(NamedTuple):
     """None for a layer without rotary embedding."""
 
 
-class Segment(NamedTuple):
-    """One layer's view of its group's compressed run of tokens.
+class Stored(NamedTuple):
+    """One layer's keys, or values, in what its group stores."""
 
-    Shapes: ``latent_k [B, L, rank_k]``, ``latent_v [B, L, rank_v]`` (both shared by the group),
-    ``basis_k [B, rank_k, n_kv_heads, head_dim]``, ``basis_v [B, rank_v, n_kv_heads, value_dim]``.
-    """
-
-    latent_k: Factor
-    latent_v: Factor
-    basis_k: Factor
-    basis_v: Factor
-    start: int
+    latent: Any
+    """:class:`xkv.ops.latent.Latent` ``[B, L, r]``, shared by the group."""
+    basis: Array
+    """``[B or 1, r, n_kv_heads, dim]``"""
+    start: int = 0
     """Position of the first row."""
-    rope_runs: tuple[RopeRun, ...]
-    """How the rows' keys are rotated, in order; together L rows."""
-    n_dense: Array | None = None
-    """How many of the dense rows beside the segment are in use, an integer ``[1]`` on the device;
-    None for all."""
+    rope_runs: tuple[RopeRun, ...] = ()
+    """How the rows of keys are rotated, in order; none for values."""
+    index_rows: Array | None = None
+    """:func:`xkv.ops.index.index_basis` of keys, where it is held."""
 
 
-class Landmarks(NamedTuple):
-    """Summary keys of one layer's segment, ``C = L // chunk_size`` chunks a KV head. Immutable.
+class Segment(NamedTuple):
+    """One layer's view of its group's compressed run of tokens."""
 
-    ``arrays`` is ``([B, n_kv_heads, C, head_dim],)`` in the KV dtype with 16 ``bits``, otherwise
-    MLX's affine layout: packed integers, scales and biases, quantized in groups of ``group_size``
-    features.
-    """
-
-    arrays: tuple[Array, ...]
-    bits: int
-    group_size: int
-    is_outlier: Array
-    """Boolean ``[B, n_kv_heads, C]``: chunks whose rows are kept dense, and so never selected."""
-    chunk_size: int
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Landmarks:
-        return self
-
-    @property
-    def held(self) -> tuple[Array, ...]:
-        """Every array."""
-        return (*self.arrays, self.is_outlier)
-
-    @property
-    def n_chunks(self) -> int:
-        return self.is_outlier.shape[2]
+    keys: Stored
+    values: Stored

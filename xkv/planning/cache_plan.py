@@ -50,6 +50,8 @@ class CacheProbe:
         rope: What rotates its keys.
         reaches_seam: Whether its layer's attention takes just what the cache returned, so that the
             cache can compute it.
+        is_attended_once: Whether nothing else attends to it, as layers do that look at another
+            layer's rows.
         reason: Why it is not compressed; None if it can be.
     """
 
@@ -57,6 +59,7 @@ class CacheProbe:
     shape: KVShape | None = None
     rope: Rope | None = None
     reaches_seam: bool = False
+    is_attended_once: bool = False
     reason: str | None = None
 
 
@@ -126,8 +129,8 @@ class CachePlan:
                 "use --group-size 0 to run it with its own cache"
             )
         if any(kind is not None and kind.is_mla for kind in kinds):
-            # a latent has no heads whose keys could be selected
-            config = replace(config, attention="dense")
+            # the model rebuilds every row by itself
+            config = replace(config, attention="exact")
         return CachePlan(name, config, probe, make_groups(config, len(kinds), kinds))
 
     def lowrank_cache(

@@ -1,14 +1,26 @@
-"""The longest context that fits into memory, by kind of KV cache, as a table."""
+"""The longest context that fits into memory, and what decode takes, by kind of KV cache."""
 
 from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.ops.loading import load_backend_module
+from xkv.planning.chips import CHIPS, LENGTHS, Chip, milliseconds
+from xkv.planning.decode_cost import (
+    FULL_LAUNCHES,
+    LayerShape,
+    Parts,
+    StepWork,
+    full_cache,
+    planned_bits,
+    working_set,
+)
 from xkv.planning.footprint import (
     STEP_TOKENS,
     Cache,
@@ -17,7 +29,7 @@ from xkv.planning.footprint import (
     NativeCache,
     longest_context,
 )
-from xkv.tiny import CHECKPOINT_DIR, SELECTION
+from xkv.tiny import CHECKPOINT_DIR
 
 DEFAULT_CONTEXT = 65536
 
@@ -34,8 +46,7 @@ def make_report(args: argparse.Namespace) -> dict[str, Any]:
     if args.context is not None and args.context < 1:
         raise InputError(f"--context {args.context} must be at least 1")
     mlx = load_backend_module("mlx")
-    selection: dict[str, Any] = {} if args.model else dict(SELECTION)
-    config = XKVConfig(args.group_size, **selection)
+    config = XKVConfig(args.group_size)
     facts: ModelFacts = mlx.read_facts(args.model or str(CHECKPOINT_DIR), config)
     memory = mlx.memory_bytes() if args.memory is None else int(args.memory * 1e9)
     if facts.weight_bytes > memory:
@@ -56,6 +67,7 @@ def make_report(args: argparse.Namespace) -> dict[str, Any]:
         "trained_context": facts.max_tokens,
         "context": context,
         "caches": [_entry(cache, memory, context, args) for cache in caches],
+        "decode": decode_times(facts, [x for x in caches if isinstance(x, CompressedCache)]),
         "notes": _notes(facts, context),
     }
 
@@ -76,6 +88,54 @@ def _entry(cache: Cache, memory: int, context: int, args: argparse.Namespace) ->
         "loses": cache.loses(context),
         "command": cache.flags(args.model, args.group_size),
     }
+
+
+def decode_times(facts: ModelFacts, caches: Sequence[CompressedCache]) -> list[dict[str, Any]]:
+    """Milliseconds a token on named chips: weights and cache read, products, launches.
+
+    Args:
+        facts: The model, all of whose weights count as read.
+        caches: xKV's, to stand beside the full cache.
+
+    Returns:
+        An entry for each chip and length up to the trained context, empty where nothing is known:
+        without a compressed cache, or with values that stay dense.
+    """
+    if not caches or any(group.has_dense_values for group in caches[0].shape.groups):
+        return []
+    limit = facts.max_tokens or LENGTHS[-1]
+    lengths = [n for n in LENGTHS if n <= limit] or [limit]
+    return [
+        {
+            "chip": chip.name,
+            "tokens": n_tokens,
+            "ms": {"full": _step_ms(facts, chip, n_tokens, None)}
+            | {cache.title: _step_ms(facts, chip, n_tokens, cache) for cache in caches},
+            "source": chip.source,
+        }
+        for chip in CHIPS
+        for n_tokens in lengths
+    ]
+
+
+def _step_ms(facts: ModelFacts, chip: Chip, n_tokens: int, cache: CompressedCache | None) -> float:
+    """A decode step of all layers with xKV's cache, or with the full one."""
+    shape = facts.shape
+    assert shape is not None
+    bits = planned_bits(shape, cache.config, n_tokens) if cache else None
+    # caches that stay as they are: windows, states, and layers in no group
+    native = sum(x.at(n_tokens) for x in facts.natives) + n_tokens * shape.dense_row_bytes
+    others = {"": StepWork(native, 0, FULL_LAUNCHES * len(facts.natives))}
+    ms = milliseconds(chip, others, 1, facts.weight_bytes)
+    for number, group in enumerate(shape.groups):
+        layer = LayerShape(max(facts.n_heads, group.n_kv_heads), group, shape.item_bytes)
+        parts: Parts = full_cache(layer, n_tokens)
+        if cache is not None and bits is not None:
+            keys, values = bits[number]
+            layer = replace(layer, key_bits=keys, value_bits=values)
+            parts = working_set(layer, cache.config, n_tokens, chip.sorts)
+        ms += milliseconds(chip, parts, group.n_layers)
+    return ms
 
 
 def _notes(facts: ModelFacts, context: int) -> list[str]:
@@ -140,6 +200,22 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     lines += ["", "peak: weights, cache and workspace, at most, while the prompt is prefilled"]
     lines += [f"note: {note}" for note in report["notes"]]
     lines += ["", *(f"{entry['cache']:10}{entry['command']}" for entry in known)]
+    return lines + decode_lines(report["decode"])
+
+
+def decode_lines(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """The table of milliseconds a token."""
+    if not entries:
+        return []
+    names = list(entries[0]["ms"])
+    lines = [
+        "",
+        "milliseconds a token in decode: arithmetic, not measured (weights included)",
+        f"{'chip':10}{'tokens':>9}" + "".join(f"{name:>11}" for name in names),
+    ]
+    for entry in entries:
+        ms = "".join(f"{entry['ms'][name]:>11.1f}" for name in names)
+        lines.append(f"{entry['chip']:10}{entry['tokens']:>9,}{ms}")
     return lines
 
 

@@ -15,6 +15,7 @@ from xkv.cache.lowrank_cache import LowRankCache
 from xkv.errors import InputError
 from xkv.ops.attention import rope_rows
 from xkv.ops.backend import Backend
+from xkv.ops.scores import is_past
 from xkv.ops.types import Array, Rope, RopeRun, RopeSpec
 
 N_WATCHED = 32
@@ -57,8 +58,15 @@ class PromptLayer(ABC):
         return [x for x in (self.keys, self.values) if x is not None]
 
     @abstractmethod
-    def attend(self, queries: Array, scale: float, mask: Array | None) -> Array:
-        """Attention of the newest tokens, ``[B, n_heads, Lq, head_dim]``."""
+    def attend(
+        self, queries: Array, scale: float, mask: Array | None, sinks: Array | None = None
+    ) -> Array:
+        """Attention of the newest tokens, ``[B, n_heads, Lq, head_dim]``.
+
+        Args:
+            mask: By position, None for causal attention.
+            sinks: Of models that are not evaluated.
+        """
 
 
 class DocumentLayer(PromptLayer):
@@ -70,10 +78,15 @@ class DocumentLayer(PromptLayer):
         """The last N_WATCHED rotated queries, ``[1, n_heads, N, head_dim]``."""
         self.scale = 0.0
 
-    def attend(self, queries: Array, scale: float, mask: Array | None) -> Array:
+    def attend(
+        self, queries: Array, scale: float, mask: Array | None, sinks: Array | None = None
+    ) -> Array:
         before = [] if self.queries is None else [self.queries]
         watched = self.backend.xp.concat([*before, queries], axis=-2)[..., -N_WATCHED:, :]
         self.queries, self.scale = self.backend.own(watched), scale
+        n_queries = queries.shape[-2]
+        if mask is None and n_queries > 1:
+            mask = is_past(self.backend, self.offset, n_queries)
         return self.backend.attention(queries, self.keys, self.values, scale, mask)
 
 

@@ -20,7 +20,7 @@ import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from xkv.config import AUTO_BUDGETS, MAX_WINDOW, XKVConfig, buffer_rows
+from xkv.config import XKVConfig, buffer_rows
 from xkv.store.ranks import WAIT_SHARE, Plan, plan_ranks
 from xkv.store.shapes import CacheShape, GroupShape
 from xkv.store.store import CHUNK_ROWS
@@ -208,14 +208,11 @@ class CompressedCache:
         * two of these, the group dense, and a chunk of its keys or values on the way into the
           store: :func:`storing_bytes`.
 
-        Prompts too short to compress are dense in all groups, and those short enough for dense
-        attention have no landmarks but higher ranks: the peak of the longest of each counts for
-        longer ones too, so that it does not fall with ``n_tokens`` but for the rounding of ranks.
+        Prompts too short to compress are dense in all groups: the peak of the longest of them
+        counts for longer ones too, so that it does not fall with ``n_tokens`` but for the rounding
+        of ranks.
         """
-        longest_auto = self.config.sinks + MAX_WINDOW + AUTO_BUDGETS * self.config.budget
-        while self.config.attention == "auto" and self.config.layout(longest_auto).is_selective:
-            longest_auto -= 1
-        corners = (self.first - 1, longest_auto, n_tokens)
+        corners = (self.first - 1, n_tokens)
         return max(self._peak_at(n, step) for n in corners if n <= n_tokens)
 
     @property

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
 
 from xkv.config import BAND
 from xkv.ops.backend import Backend
+from xkv.ops.latent import Latent
 from xkv.ops.packed import Packed, Part, group_size_of
 from xkv.ops.types import Array
 
 BASIS_GROUP = 128
 """Numbers of a basis, at most, that share a scale; at short prompts its bytes dominate."""
 
-BITS = (2, 3, 4, 5, 6, 8, 16)
-"""What a band can be stored in; 16 stands for the KV dtype itself."""
+BITS = (2, 3, 4, 5, 6, 8)
+"""What a band of a latent can be stored in."""
+
+BASIS_BITS = (*BITS, 16)
+"""What rows of a prompt's own basis can; 16 stands for the KV dtype itself."""
 
 
 CLIPPED_SHARE = {2: 21 / 32, 3: 55 / 64, 4: 61 / 64}
@@ -43,7 +48,7 @@ def basis_row_bytes(head_dim: int, bits: int, item_bytes: int) -> int:
 
 def pack_part(backend: Backend, x: Array, bits: int, largest_group: int = BAND) -> Part:
     """Columns of a latent ``[B, L, D]``, or with groups of up to ``BASIS_GROUP`` rows of a basis
-    ``[B, n, n_kv_heads, D]``, in ``bits`` bits; 16 leaves them as they are."""
+    ``[B, n, n_kv_heads, D]``, in ``bits`` bits; 16 leaves a basis as it is."""
     if bits == 16:
         return Part((x,), 16, 0)
     group_size = group_size_of(x.shape[-1], largest_group)
@@ -71,15 +76,17 @@ def _clipped_range(
     return center + share * (low - center), center + share * (high - center)
 
 
-def pack_latent(backend: Backend, x: Array, widths: Sequence[int], bits: Sequence[int]) -> Packed:
-    """A latent ``[B, L, r]`` in parts of some columns each."""
-    ends, parts = np.cumsum(widths).tolist(), []
-    for end, width, n_bits in zip(ends, widths, bits, strict=True):
-        columns = x[..., end - width : end]
-        # a part of an array would keep all of it
-        is_part = n_bits == 16 and width < x.shape[-1]
-        parts.append(pack_part(backend, backend.own(columns) if is_part else columns, n_bits))
-    return Packed(tuple(parts), 2)
+def pack_latent(backend: Backend, x: Array, bits: Sequence[int]) -> Latent:
+    """A latent ``[B, L, r]`` with each band of columns in its bits; none leave it as it is."""
+    if not bits:
+        return Latent((x,))
+    parts, start = [], 0
+    for n_bits, run in itertools.groupby(bits):
+        end = start + BAND * len(list(run))
+        parts.append(pack_part(backend, x[..., start:end], n_bits).arrays)
+        start = end
+    arrays = (backend.xp.concat(list(each), axis=-1) for each in zip(*parts, strict=True))
+    return Latent(tuple(arrays), tuple(bits))
 
 
 def pack_basis(backend: Backend, x: Array, widths: Sequence[int], bits: Sequence[int]) -> Packed:
@@ -89,15 +96,4 @@ def pack_basis(backend: Backend, x: Array, widths: Sequence[int], bits: Sequence
         pack_part(backend, backend.own(x[:, end - width : end]), n_bits, BASIS_GROUP)
         for end, width, n_bits in zip(ends, widths, bits, strict=True)
     ]
-    return Packed(tuple(parts), 1)
-
-
-def small_latent(
-    backend: Backend, like: Array | Packed, n_rows: int, rank: int, seed: int
-) -> Array | Packed:
-    """Random rows in a latent's form, for a check: ``rank`` columns, or a few in each part."""
-    if isinstance(like, Packed):
-        widths = [96 if part.group_size == 32 else 2 * BAND for part in like.parts]
-        rank = sum(widths)
-    drawn = backend.xp.astype(backend.normal((1, n_rows, rank), seed), like.dtype)
-    return pack_latent(backend, drawn, widths, like.bits) if isinstance(like, Packed) else drawn
+    return Packed(tuple(parts))

@@ -12,9 +12,10 @@ import numpy as np
 
 from xkv.config import BAND
 from xkv.ops.backend import Backend
+from xkv.ops.index import rows_of_index
 from xkv.ops.packed import Packed
 from xkv.store.bit_plan import Columns, arrange, plan_bits
-from xkv.store.prompt_basis import runs_of, take_bands
+from xkv.store.prompt_basis import take_bands
 from xkv.store.rotation import rotate_bands
 from xkv.store.store import Basis
 from xkv.store.svd import split_layers
@@ -94,7 +95,7 @@ class ModelBasis:
         """Bytes that the model holds for the columns of all plans so far."""
         bases = self._bases.values()
         scales = sum(basis.scales.nbytes for basis in bases if basis.scales is not None)
-        return scales + sum(x.nbytes for basis in bases for x in basis.layers)
+        return scales + sum(x.nbytes for basis in bases for x in (*basis.layers, *basis.index_rows))
 
     def column_bytes(self, bits: Sequence[Sequence[BandBits]], item_bytes: int) -> int:
         """Bytes of the columns of a plan, whether they were made or not."""
@@ -126,13 +127,14 @@ class ModelBasis:
         joint = backend.from_numpy(rows.reshape(1, -1, 1, width))
         joint = rotate_bands(backend, take_bands(backend, joint, order), dtype)
         layers = split_layers(backend, joint[:, :, 0], *found.heads)
-        backend.evaluate(*layers)
-        runs = runs_of(bits[i] for i in order)
+        index = [rows_of_index(backend, layer, True) for layer in layers]
+        index = [backend.own(rows) for rows in index]
+        backend.evaluate(*layers, *index)
         return Basis(
             tuple(map(Packed.plain, layers)),
-            tuple(BAND * n for n, _ in runs),
-            tuple(n for _, n in runs),
+            tuple(bits[i] for i in order),
             is_shared=True,
+            index_rows=tuple(index),
             scales=backend.from_numpy(found.scales),
         )
 

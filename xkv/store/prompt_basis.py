@@ -14,7 +14,7 @@ from xkv.ops.backend import Backend
 from xkv.ops.packed import Packed, group_size_of
 from xkv.ops.types import Array
 from xkv.store.bit_plan import Columns, Option, arrange, plan_bits
-from xkv.store.codec import BITS, basis_row_bytes, pack_basis
+from xkv.store.codec import BASIS_BITS, basis_row_bytes, pack_basis
 from xkv.store.linear_algebra import energy
 from xkv.store.rotation import rotate_bands
 from xkv.store.store import CHUNK_ROWS, Basis, ReadRows, joined, refuse_overflow
@@ -84,7 +84,7 @@ def measure(
 def plain_basis(backend: Backend, spectrum: Spectrum, dtype: Any) -> Basis:
     """All its directions, basis and latent in the KV dtype: the paper's form."""
     layers = _layers(backend, spectrum, None, dtype)
-    return Basis(tuple(map(Packed.plain, layers)), (spectrum.directions.shape[-1],), (16,))
+    return Basis(tuple(map(Packed.plain, layers)))
 
 
 def packed_bases(
@@ -126,7 +126,7 @@ def _columns(spectrum: Spectrum, n_rows: int, item_bytes: int) -> Columns:
         item_bytes,
         {
             bits: rows * basis_row_bytes(head_dim, bits, item_bytes)
-            for bits in (BITS if group_size_of(head_dim) else (16,))
+            for bits in (BASIS_BITS if group_size_of(head_dim) else (16,))
         },
     )
 
@@ -146,8 +146,7 @@ def _packed_basis(
             pack_basis(backend, rows, [BAND * n for n, _ in basis_bits], [b for _, b in basis_bits])
         )
         backend.evaluate(*packed[-1].arrays)
-    runs = runs_of(bits for bits, _, _ in kept)
-    return Basis(tuple(packed), tuple(BAND * n for n, _ in runs), tuple(b for _, b in runs))
+    return Basis(tuple(packed), tuple(bits for bits, _, _ in kept))
 
 
 def runs_of(bits: Iterable[int]) -> list[tuple[int, int]]:

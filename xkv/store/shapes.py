@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xkv.config import XKVConfig, buffer_rows
-from xkv.ops.packed import group_size_of
 
 
 @dataclass(frozen=True)
@@ -72,16 +71,6 @@ class CacheShape:
         row_bytes = n_kv_heads * (key_dim + value_dim) * item_bytes
         return cls(groups, item_bytes, n_dense_layers * row_bytes)
 
-    def landmark_bytes(self, group: GroupShape, config: XKVConfig, n_chunks: int) -> int:
-        """Bytes of one layer's landmarks and of the mark that says which chunks are outliers."""
-        group_size = group_size_of(group.key_dim)
-        if config.landmark_bits == 16 or not group_size:
-            per_chunk = group.key_dim * self.item_bytes
-        else:
-            per_chunk = group.key_dim * config.landmark_bits // 8
-            per_chunk += 2 * self.item_bytes * (group.key_dim // group_size)
-        return group.n_kv_heads * n_chunks * (per_chunk + 1)
-
     def dense_bytes(self, n_tokens: int) -> int:
         """Bytes of the same tokens in the full cache."""
         elements = sum(group.n_layers * group.row_elements for group in self.groups)
@@ -90,14 +79,15 @@ class CacheShape:
     def unfactored_bytes(self, config: XKVConfig, n_tokens: int) -> int:
         """Bytes of all but latents and bases after a prompt and one more token."""
         layout = config.layout(n_tokens)
-        n_dense = n_tokens - layout.n_rows + layout.n_outliers * config.chunk_size + 1
+        n_dense = n_tokens - layout.n_rows + 1
         total = n_tokens * self.dense_row_bytes
         for group in self.groups:
-            n_dense_values = n_tokens + 1 if group.has_dense_values else n_dense
-            elements = buffer_rows(n_dense) * group.key_dim
-            elements += buffer_rows(n_dense_values) * group.value_dim
-            total += elements * group.n_layers * group.n_kv_heads * self.item_bytes
-            if layout.is_selective:
-                n_chunks = layout.n_rows // config.chunk_size
-                total += group.n_layers * self.landmark_bytes(group, config, n_chunks)
+            n_kept = 0 if group.has_dense_values else layout.n_kept
+            n_keys = n_dense + n_kept
+            n_values = n_tokens + 1 if group.has_dense_values else n_keys
+            elements = buffer_rows(n_keys) * group.key_dim
+            elements += buffer_rows(n_values) * group.value_dim
+            row_numbers = 4 * n_kept
+            per_head = elements * self.item_bytes + row_numbers
+            total += per_head * group.n_layers * group.n_kv_heads
         return total

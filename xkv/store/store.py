@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from xkv.errors import InputError
 from xkv.ops.backend import Backend
+from xkv.ops.latent import Latent
 from xkv.ops.packed import Packed
 from xkv.ops.types import Array
 from xkv.store.codec import pack_latent
@@ -29,21 +30,18 @@ class Basis(NamedTuple):
 
     layers: tuple[Packed, ...]
     """One per layer, ``[B, r, n_kv_heads, dim]``; with ``is_shared`` B is 1."""
-    widths: tuple[int, ...]
-    """Columns of each part of the latent."""
-    bits: tuple[int, ...]
-    """Of each part."""
+    bits: tuple[int, ...] = ()
+    """Of each band of a row's coordinates; none where they stay in the KV dtype."""
     is_shared: bool = False
     """Whether it is the model's: held once for all its conversations, orthonormal, and found by
     name; otherwise it is this prompt's own."""
 
+    index_rows: tuple[Array, ...] = ()
+    """Of the model's, for each layer: :func:`xkv.ops.index.rows_of_index`."""
+
     scales: Array | None = None
     """``[width]``: how much an error in each column of the joint rows counts, as a factor. In rows
     that are multiplied by them the basis is orthonormal, and errors are measured there."""
-
-    @property
-    def rank(self) -> int:
-        return sum(self.widths)
 
     @property
     def nbytes(self) -> int:
@@ -55,7 +53,7 @@ class Store(NamedTuple):
     """A latent and its basis. Immutable: appending makes another one, and the old stays valid."""
 
     basis: Basis
-    latent: Packed
+    latent: Latent
     """``[B, L, r]``"""
     total: float
     """Sum of squares of all rows that came in, in the basis' scales."""
@@ -71,7 +69,7 @@ class Store(NamedTuple):
         return math.sqrt(self.lost / self.total) if self.total else 0.0
 
     @property
-    def arrays(self) -> list[Array]:
+    def arrays(self) -> tuple[Array, ...]:
         """The latent, without the basis."""
         return self.latent.arrays
 
@@ -82,13 +80,14 @@ class Store(NamedTuple):
 
     def parts(self) -> list[tuple[int, int, int]]:
         """``(columns, bits of the latent, bits of the basis)`` of each run of columns."""
-        first = self.basis.layers[0]
-        columns = (
-            itertools.chain.from_iterable(map(itertools.repeat, x.bits, x.widths))
-            for x in (self.latent, first)
+        first, rank = self.basis.layers[0], self.latent.rank
+        bits = self.basis.bits or (16,)
+        columns = zip(
+            itertools.chain.from_iterable(itertools.repeat(n, rank // len(bits)) for n in bits),
+            itertools.chain.from_iterable(map(itertools.repeat, first.bits, first.widths)),
+            strict=True,
         )
-        runs = itertools.groupby(zip(*columns, strict=True))
-        return [(len(list(run)), *bits) for bits, run in runs]
+        return [(len(list(run)), *each) for each, run in itertools.groupby(columns)]
 
 
 def store_rows(
@@ -123,7 +122,7 @@ def store_rows(
                 solve = _least_squares(backend, matrix, gram)
         projected = rows @ xp.matrix_transpose(matrix)
         latent = projected if solve is None else projected @ solve
-        packed = pack_latent(backend, xp.astype(latent, dtype), basis.widths, basis.bits)
+        packed = pack_latent(backend, xp.astype(latent, dtype), basis.bits)
         backend.evaluate(*packed.arrays)
         given = xp.astype(packed.unpack(backend), rows.dtype)
         back = given if gram is None else given @ gram
@@ -133,7 +132,7 @@ def store_rows(
         refuse_overflow(part + float(rest))
         total, lost = total + part, lost + max(part + float(rest), 0.0)
         latents.append(packed)
-    latent = Packed.joined(backend, latents)
+    latent = Latent.joined(backend, latents)
     backend.evaluate(*latent.arrays)
     return Store(basis, latent, total, lost)
 

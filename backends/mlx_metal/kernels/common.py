@@ -1,4 +1,4 @@
-"""What the Metal kernels share: where they run, how they are built, low-rank product and RoPE."""
+"""What the Metal kernels share: where they run, how they read latents, products of their rows."""
 
 from __future__ import annotations
 
@@ -6,95 +6,166 @@ import functools
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
-from xkv.backends.mlx_metal.kernels import latents
+from xkv.config import BAND
 from xkv.ops.backend import Backend
-from xkv.ops.types import Array, Factor, RopeRun, RopeSpec, Segment
-from xkv.store.codec import small_latent
+from xkv.ops.latent import WORD_BITS, Latent
+from xkv.ops.types import Array
 
 DTYPES = ("float32", "float16", "bfloat16")
-HEAD_DIMS = (64, 128, 256)
+BITS = (2, 3, 4, 5, 6, 8)
 SIMDGROUP = 32
+SMALL = 8
+"""MLX passes arrays with fewer elements in another address space."""
 
-ROPE_SOURCE = """
-// The two features of a pair. Pairs past the rotated ones are neighbours, and pass through.
-METAL_FUNC int2 pair_features(int pair, int n_pairs, bool is_traditional) {
-  return is_traditional || pair >= n_pairs ? int2(2 * pair, 2 * pair + 1)
-                                           : int2(pair, pair + n_pairs);
-}
-
-// precise: angles reach the context's length, and fast::cos holds up to pi only.
-METAL_FUNC float2 turn_pair(float2 x, float angle) {
-  const float c = precise::cos(angle), s = precise::sin(angle);
-  return float2(x.x * c - x.y * s, x.y * c + x.x * s);
-}
-"""
-"""Rotary pairs; angles are ``float(position) * inverse_freq``, as in ``xkv.ops.rope.cos_sin``."""
-
-PRODUCT_SOURCE = (
-    latents.LATENT_SOURCE
-    + """
-// Tiles of the product [ROWS, D] of latent rows and basis, DEPTH ranks at a time. 16 bytes of
-// padding a row spread the rows of an 8x8 load over the banks. Bands reuse the memory of the tiles.
-template <typename T, int D, int ROWS, int DEPTH>
-struct tiling {
-  static constant constexpr int n_threads = ROWS * D / 32;
-  static constant constexpr int latent_stride = DEPTH + 16 / int(sizeof(T));
-  static constant constexpr int basis_stride = D + 16 / int(sizeof(T));
-  static constant constexpr int band_rows = ROWS / 4;
-  static constant constexpr int band_stride = D + 4;
-  static constant constexpr int tile_bytes =
-      (ROWS * latent_stride + DEPTH * basis_stride) * int(sizeof(T));
-  static constant constexpr int band_bytes = band_rows * band_stride * 4;
-  static constant constexpr int shared_float4s =
-      (tile_bytes > band_bytes ? tile_bytes : band_bytes) / 16;
+LATENT_SOURCE = """
+// Eight neighbouring columns of a row.
+template <typename T>
+struct eight {
+  vec<T, 4> low, high;
 };
 
-// product = latent[row_numbers] @ basis: each simdgroup a block of 32 x 32 as 4 x 4 matrices. A
-// negative row number is a row of zeros. All threads of the threadgroup call this.
-template <typename T, int D, int ROWS, int DEPTH, typename Latent>
+// Four neighbours in memory, aligned like one: rows of odd rank start anywhere.
+template <typename T>
+struct four {
+  T at[4];
+};
+
+template <typename T>
+METAL_FUNC vec<T, 4> load_four(const device T* from, int n_left) {
+  if (n_left >= 4) {
+    const four<T> x = *(const device four<T>*)from;
+    return vec<T, 4>(x.at[0], x.at[1], x.at[2], x.at[3]);
+  }
+  vec<T, 4> x = vec<T, 4>(T(0));
+  for (int i = 0; i < n_left; i++) x[i] = from[i];
+  return x;
+}
+
+// The first `width` columns of a matrix. Columns past the last are zeros.
+template <typename T>
+struct plain_rows {
+  const device T* numbers;
+  int rank, width;
+
+  eight<T> load(int64_t row, int column) const {
+    const device T* from = numbers + row * rank + column;
+    return {load_four(from, width - column), load_four(from + 4, width - column - 4)};
+  }
+};
+
+// Bands of 64 columns in MLX's affine layout: numbers in one stream of bits, the lowest first, and
+// a scale and a bias for each band. The table of bands holds each one's bits and first word.
+template <typename T>
+struct packed_rows {
+  const device uint* words;
+  const device T* scales;
+  const device T* biases;
+  const device int* bands;
+  int n_words, n_bands, width;
+
+  // Eight numbers end in the second word at the latest.
+  eight<T> load(int64_t row, int column) const {
+    const int band = column / 64, bits = bands[2 * band];
+    const int first_bit = column % 64 * bits, shift = first_bit % 32;
+    const device uint* from = words + row * n_words + bands[2 * band + 1] + first_bit / 32;
+    ulong codes = from[0];
+    if (shift + 8 * bits > 32) codes |= ulong(from[1]) << 32;
+    const float scale = float(scales[row * n_bands + band]);
+    const float bias = float(biases[row * n_bands + band]);
+    const uint low = uint(codes >> shift), high = uint(codes >> (shift + 4 * bits));
+    const uint mask = (1u << bits) - 1;
+    eight<T> x;
+    for (int i = 0; i < 4; i++) {
+      x.low[i] = T(fma(float(low >> i * bits & mask), scale, bias));
+      x.high[i] = T(fma(float(high >> i * bits & mask), scale, bias));
+    }
+    return x;
+  }
+};
+"""
+"""A latent's rows, eight columns at once, from a column that is a multiple of 8."""
+
+_READ_PLAIN = """
+  const int n_rows = latent_shape[1], rank = latent_shape[2];
+  const int64_t first_stored = int64_t(threadgroup_position_in_grid.z) * n_rows;
+  const plain_rows<T> stored = {latent + first_stored * rank, rank, rank};
+"""
+_READ_PACKED = """
+  const int n_rows = words_shape[1], n_words = words_shape[2], n_bands = scales_shape[2];
+  const int64_t first_stored = int64_t(threadgroup_position_in_grid.z) * n_rows;
+  const packed_rows<T> stored = {
+      words + first_stored * n_words, scales + first_stored * n_bands,
+      biases + first_stored * n_bands, bands, n_words, n_bands, 64 * n_bands};
+"""
+
+PRODUCT_SOURCE = """
+// Tiles of the product [ROWS, N] of gathered rows and a matrix, DEPTH columns of the rows at a
+// time. 16 bytes of padding a row spread the rows of an 8x8 load over the banks. A quarter of the
+// product reuses the memory of the tiles.
+template <typename T, int N, int ROWS, int DEPTH>
+struct tiling {
+  static constant constexpr int n_threads = ROWS * N / 32;
+  static constant constexpr int left_stride = DEPTH + 16 / int(sizeof(T));
+  static constant constexpr int right_stride = N + 16 / int(sizeof(T));
+  static constant constexpr int quarter_rows = ROWS / 4;
+  static constant constexpr int quarter_stride = N + 4;
+  static constant constexpr int tile_bytes =
+      (ROWS * left_stride + DEPTH * right_stride) * int(sizeof(T));
+  static constant constexpr int quarter_bytes = quarter_rows * quarter_stride * 4;
+  static constant constexpr int shared_float4s =
+      (tile_bytes > quarter_bytes ? tile_bytes : quarter_bytes) / 16;
+};
+
+// product = left[row_numbers] @ right: each simdgroup a block of 32 x 32 as 4 x 4 matrices. A
+// negative row number is a row of zeros; so are columns of `right` past `n_right`, whose rows are
+// `right_row` apart. All threads of the threadgroup call this.
+template <typename T, int N, int ROWS, int DEPTH, typename Left>
 METAL_FUNC void multiply_rows(thread simdgroup_float8x8 (&product)[4][4],
                               threadgroup float4* shared,
                               threadgroup const int* row_numbers,
-                              Latent latent,
-                              const device T* basis,
-                              int basis_row,
+                              Left left,
+                              const device T* right,
+                              int64_t right_row,
+                              int n_right,
                               int thread_index,
                               int sg) {
-  using tiles = tiling<T, D, ROWS, DEPTH>;
-  threadgroup T* latent_tile = (threadgroup T*)shared;
-  threadgroup T* basis_tile = latent_tile + ROWS * tiles::latent_stride;
-  const threadgroup T* left = latent_tile + sg / (D / 32) * 32 * tiles::latent_stride;
-  const threadgroup T* right = basis_tile + sg % (D / 32) * 32;
+  using tiles = tiling<T, N, ROWS, DEPTH>;
+  threadgroup T* left_tile = (threadgroup T*)shared;
+  threadgroup T* right_tile = left_tile + ROWS * tiles::left_stride;
+  const threadgroup T* from_left = left_tile + sg / (N / 32) * 32 * tiles::left_stride;
+  const threadgroup T* from_right = right_tile + sg % (N / 32) * 32;
 #pragma clang loop unroll(full)
   for (int i = 0; i < 4; i++) {
 #pragma clang loop unroll(full)
     for (int j = 0; j < 4; j++) product[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   }
-  for (int first = 0; first < latent.width; first += DEPTH) {
+  for (int first = 0; first < left.width; first += DEPTH) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (int e = thread_index; e < ROWS * DEPTH / 4; e += tiles::n_threads) {
-      const int row = e / (DEPTH / 4), column = e % (DEPTH / 4) * 4, number = row_numbers[row];
-      vec<T, 4> x = vec<T, 4>(T(0));
-      if (number >= 0) x = latent.template load<T>(number, first + column);
-      *(threadgroup vec<T, 4>*)(latent_tile + row * tiles::latent_stride + column) = x;
+    for (int e = thread_index; e < ROWS * DEPTH / 8; e += tiles::n_threads) {
+      const int row = e / (DEPTH / 8), column = e % (DEPTH / 8) * 8, number = row_numbers[row];
+      eight<T> x = {vec<T, 4>(T(0)), vec<T, 4>(T(0))};
+      if (number >= 0 && first + column < left.width) x = left.load(number, first + column);
+      threadgroup vec<T, 4>* to =
+          (threadgroup vec<T, 4>*)(left_tile + row * tiles::left_stride + column);
+      to[0] = x.low;
+      to[1] = x.high;
     }
-    for (int e = thread_index; e < DEPTH * D / 4; e += tiles::n_threads) {
-      const int row = e / (D / 4), column = e % (D / 4) * 4;
+    for (int e = thread_index; e < DEPTH * N / 4; e += tiles::n_threads) {
+      const int row = e / (N / 4), column = e % (N / 4) * 4;
       vec<T, 4> x = vec<T, 4>(T(0));
-      if (first + row < latent.width)
-        x = load_four(basis + int64_t(first + row) * basis_row + column, 4);
-      *(threadgroup vec<T, 4>*)(basis_tile + row * tiles::basis_stride + column) = x;
+      if (first + row < left.width)
+        x = load_four(right + (first + row) * right_row + column, n_right - column);
+      *(threadgroup vec<T, 4>*)(right_tile + row * tiles::right_stride + column) = x;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    const int depth = min(DEPTH, latent.width - first);
+    const int depth = min(DEPTH, left.width - first);
     for (int k = 0; k < depth; k += 8) {
       simdgroup_matrix<T, 8, 8> a[4], b[4];
 #pragma clang loop unroll(full)
       for (int i = 0; i < 4; i++) {
-        simdgroup_load(a[i], left + i * 8 * tiles::latent_stride + k, tiles::latent_stride);
-        simdgroup_load(b[i], right + k * tiles::basis_stride + i * 8, tiles::basis_stride);
+        simdgroup_load(a[i], from_left + i * 8 * tiles::left_stride + k, tiles::left_stride);
+        simdgroup_load(b[i], from_right + k * tiles::right_stride + i * 8, tiles::right_stride);
       }
 #pragma clang loop unroll(full)
       for (int i = 0; i < 4; i++) {
@@ -106,30 +177,29 @@ METAL_FUNC void multiply_rows(thread simdgroup_float8x8 (&product)[4][4],
   }
 }
 
-// Row of the tile that `band_row` of a band holds: a band is 8 rows of every simdgroup's 32.
-METAL_FUNC int tile_row(int band, int band_row) {
-  return band_row / 8 * 32 + band * 8 + band_row % 8;
+// Row of the tile that row `i` of a quarter holds: a quarter is 8 rows of every simdgroup's 32.
+METAL_FUNC int tile_row(int quarter, int i) {
+  return i / 8 * 32 + quarter * 8 + i % 8;
 }
 
-// A quarter of the product's rows to threadgroup memory, where any thread can read any feature; a
+// A quarter of the product's rows to threadgroup memory, where any thread can read any column; a
 // matrix's place in registers is undocumented.
-template <typename T, int D, int ROWS, int DEPTH>
-METAL_FUNC threadgroup const float* share_band(thread simdgroup_float8x8 (&product)[4][4],
-                                               int band,
-                                               threadgroup float4* shared,
-                                               int sg) {
-  constexpr int stride = tiling<T, D, ROWS, DEPTH>::band_stride;
+template <typename T, int N, int ROWS, int DEPTH>
+METAL_FUNC threadgroup const float* share_quarter(thread simdgroup_float8x8 (&product)[4][4],
+                                                  int quarter,
+                                                  threadgroup float4* shared,
+                                                  int sg) {
+  constexpr int stride = tiling<T, N, ROWS, DEPTH>::quarter_stride;
   threadgroup float* rows = (threadgroup float*)shared;
-  threadgroup float* block = rows + sg / (D / 32) * 8 * stride + sg % (D / 32) * 32;
+  threadgroup float* block = rows + sg / (N / 32) * 8 * stride + sg % (N / 32) * 32;
   threadgroup_barrier(mem_flags::mem_threadgroup);
 #pragma clang loop unroll(full)
-  for (int j = 0; j < 4; j++) simdgroup_store(product[band][j], block + j * 8, stride);
+  for (int j = 0; j < 4; j++) simdgroup_store(product[quarter][j], block + j * 8, stride);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   return rows;
 }
 """
-)
-"""``multiply_rows``: gathered latent rows times one KV head's basis, on simdgroup matrices."""
+"""``multiply_rows``: gathered rows of a latent times a matrix, on simdgroup matrices."""
 
 
 def device_problem() -> str | None:
@@ -142,31 +212,81 @@ def device_problem() -> str | None:
 
 
 @functools.cache
-def build(
-    name: str,
-    inputs: tuple[str, ...],
-    outputs: tuple[str, ...],
-    source: str,
-    header: str,
-    copies_strided_inputs: bool = True,
-) -> Any:
+def build(name: str, inputs: tuple[str, ...], source: str, header: str) -> Any:
     """Make a kernel when it is first needed, here only; ``cache_clear`` forgets them all."""
     return mx.fast.metal_kernel(
         name=name,
         input_names=list(inputs),
-        output_names=list(outputs),
+        output_names=["out"],
         source=source,
         header=header,
-        ensure_row_contiguous=copies_strided_inputs,
+        ensure_row_contiguous=True,
     )
 
 
-def dtype_name(x: Array) -> str:
+def launch(
+    name: str,
+    header: str,
+    source: str,
+    latent: Latent,
+    inputs: dict[str, Any],
+    sizes: dict[str, Any],
+    n_tiles: tuple[int, int, int],
+    shape: tuple[int, ...],
+    dtype: Any,
+) -> Array:
+    """Run a kernel on a latent.
+
+    Neither the source nor its name says how many bits a band has.
+
+    Args:
+        source: For threadgroups whose z is a batch; the latent's rows are ``stored``.
+        inputs: What it reads beside the latent, by name.
+        sizes: Numbers of the template, ``N`` and ``ROWS`` among them; ``T`` and ``DEPTH`` follow.
+        n_tiles: Threadgroups.
+        shape: Of the output.
+    """
+    if latent.is_packed:
+        words, scales, biases = latent.arrays
+        read = {"words": words, "scales": scales, "biases": biases, "bands": _bands(latent.bits)}
+    else:
+        read = {"latent": latent.arrays[0]}
+    named = read | inputs
+    kernel = build(
+        f"{name}_packed" if latent.is_packed else name,
+        tuple(named),
+        (_READ_PACKED if latent.is_packed else _READ_PLAIN) + source,
+        LATENT_SOURCE + PRODUCT_SOURCE + header,
+    )
+    n_threads = sizes["ROWS"] * sizes["N"] // SIMDGROUP
+    depth = 64 // latent.dtype.size
+    (out,) = kernel(
+        inputs=list(named.values()),
+        template=[("T", latent.dtype), *sizes.items(), ("DEPTH", depth)],
+        grid=(n_tiles[0] * n_threads, *n_tiles[1:]),
+        threadgroup=(n_threads, 1, 1),
+        output_shapes=[shape],
+        output_dtypes=[dtype],
+    )
+    return out
+
+
+@functools.lru_cache(maxsize=64)
+def _bands(bits: tuple[int, ...]) -> Array:
+    """Bits and first word of each band."""
+    table, word = [], 0
+    for n_bits in bits:
+        table += [n_bits, word]
+        word += BAND * n_bits // WORD_BITS
+    return mx.array(table + [0] * (SMALL - len(table)), mx.int32)
+
+
+def dtype_name(x: Array | Latent) -> str:
     """``float16`` for ``mx.float16``."""
     return str(x.dtype).rpartition(".")[2]
 
 
-def dtype_problem(**arrays: Array) -> str | None:
+def dtype_problem(**arrays: Array | Latent) -> str | None:
     """A sentence if the arrays' dtypes differ or no kernel takes them."""
     names = {name: dtype_name(x) for name, x in arrays.items()}
     dtypes = sorted(set(names.values()))
@@ -178,78 +298,21 @@ def dtype_problem(**arrays: Array) -> str | None:
     return None
 
 
-def product_problem(segment: Segment) -> str | None:
-    """A sentence if :data:`PRODUCT_SOURCE` and one rotation cannot make this segment's keys."""
-    head_dim = segment.basis_k.shape[-1]
-    if head_dim not in HEAD_DIMS:
-        return f"the kernel takes head_dim {', '.join(map(str, HEAD_DIMS))}, not {head_dim}"
-    if len(segment.rope_runs) != 1:
-        return (
-            f"the kernel rotates all rows alike, and this segment has {len(segment.rope_runs)} "
-            "different rotations"
-        )
-    return latents.problem(segment.latent_k)
+def size_problem(*arrays: Array) -> str | None:
+    """A sentence if arrays to which a kernel makes pointers are too small."""
+    size = min(x.size for x in arrays)
+    if size < SMALL:
+        return f"the kernel takes arrays of {SMALL} elements or more, not {size}"
+    return None
 
 
-@functools.lru_cache(maxsize=64)
-def _rope_numbers(spec: RopeSpec | None) -> Array:
-    if spec is None:
-        return mx.array([1.0, 0.0])
-    inverse_freqs = np.float32(1) / np.array(spec.freqs, np.float32)
-    return mx.array(np.concatenate([np.array([spec.scale], np.float32), inverse_freqs]))
-
-
-def rope_numbers(segment: Segment) -> Array:
-    """The rotation's scale, then the inverse frequency of each pair, float32.
-
-    A layer without rotary embedding turns one pair by nothing.
-    """
-    return _rope_numbers(segment.rope_runs[0].spec)
-
-
-def tile_rows(head_dim: int) -> int:
-    """Rows of a threadgroup's tile: at most 16 matrices a simdgroup and 8 simdgroups."""
-    return 64 if head_dim <= 128 else 32
-
-
-def n_threads(head_dim: int) -> int:
-    """Threads of a threadgroup: a simdgroup for each 32 x 32 of the tile."""
-    return tile_rows(head_dim) * head_dim // SIMDGROUP
-
-
-def product_template(segment: Segment) -> list[tuple[str, Any]]:
-    """Template arguments: the dtype, and sizes of a tile that fit in 32 KiB."""
-    head_dim = segment.basis_k.shape[-1]
-    spec = segment.rope_runs[0].spec
-    return [
-        ("T", segment.latent_k.dtype),
-        ("D", head_dim),
-        ("ROWS", tile_rows(head_dim)),
-        ("DEPTH", 64 // segment.latent_k.dtype.size),
-        ("TRADITIONAL", spec is not None and spec.traditional),
+def sample_latent(backend: Backend, latent: Latent, n_rows: int) -> Latent:
+    """A small latent of this one's dtype: an odd rank, or, if packed, a band of each width."""
+    if not latent.is_packed:
+        return Latent((backend.normal((1, n_rows, 37), 0).astype(latent.dtype),))
+    packed = [
+        backend.quantize(backend.normal((1, n_rows, BAND), bits).astype(latent.dtype), BAND, bits)
+        for bits in BITS
     ]
-
-
-def product_key(segment: Segment) -> tuple[Any, ...]:
-    """What makes a new compilation: layout and :func:`product_template`, the dtype by its name."""
-    constants = (value for _, value in product_template(segment)[1:])
-    return dtype_name(segment.latent_k), *constants, latents.layout_of(segment.latent_k)
-
-
-def sample_segment(backend: Backend, segment: Segment, n_rows: int) -> Segment:
-    """A small segment with this one's dtype, head sizes, rotation and layout; odd plain ranks."""
-
-    def basis(latent: Factor, head_dim: int, seed: int) -> Array:
-        rank = latent.shape[-1]
-        return (backend.normal((1, rank, 2, head_dim), seed) * rank**-0.5).astype(latent.dtype)
-
-    latent_k = small_latent(backend, segment.latent_k, n_rows, 37, 0)
-    latent_v = small_latent(backend, segment.latent_v, n_rows, 21, 1)
-    return Segment(
-        latent_k,
-        latent_v,
-        basis(latent_k, segment.basis_k.shape[-1], 2),
-        basis(latent_v, segment.basis_v.shape[-1], 3),
-        segment.start,
-        (RopeRun(n_rows, segment.rope_runs[0].spec),),
-    )
+    arrays = (mx.concatenate(list(x), axis=-1) for x in zip(*packed, strict=True))
+    return Latent(tuple(arrays), BITS)

@@ -8,11 +8,11 @@ from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_cache
-from mlx_lm.models.base import create_causal_mask
 
 from xkv.backends.mlx_metal.backend import MLXBackend
-from xkv.backends.mlx_metal.model.seam import AttendingCache
+from xkv.backends.mlx_metal.model.seam import ATTENTION, AttendingCache
 from xkv.cache import state as cache_state
+from xkv.cache.layer import FUSED_QUERIES
 from xkv.cache.lowrank_cache import LayerCache
 from xkv.ops.types import Rope
 from xkv.planning.basis_file import basis_of_cache
@@ -23,24 +23,35 @@ class XKVCache(mlx_cache._BaseCache, AttendingCache):
 
     ``update_and_fetch`` returns dense keys and values that MLX has not computed yet. Under
     :func:`xkv.backends.mlx_metal.attention_seam` they never are; a model that reaches its attention
-    some other way computes them and is still right, only slower.
+    some other way computes them and is still right, only slower. Where it is known that nothing
+    but the layer's own attention looks at them, the new tokens' rows stand for all.
+
+    Args:
+        layer: The layer's part of a low-rank cache.
+        rope: What rotates its keys.
+        is_attended_once: See :class:`xkv.planning.cache_plan.CacheProbe`.
     """
 
-    def __init__(self, layer: LayerCache, rope: Rope | None) -> None:
+    def __init__(
+        self, layer: LayerCache, rope: Rope | None, is_attended_once: bool = False
+    ) -> None:
         self.layer = layer
         self._rope = rope
+        self._is_attended_once = is_attended_once
         # weak: where the seam is not used, these arrays are computed and must not outlive the step
         self._returned: tuple[weakref.ref, weakref.ref] | None = None
+        self._is_latent = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> XKVCache:
-        return XKVCache(copy.deepcopy(self.layer, memo), self._rope)
+        return XKVCache(copy.deepcopy(self.layer, memo), self._rope, self._is_attended_once)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Take new tokens ``[B, n_kv_heads, L, head_dim]``; returns all tokens' keys and values."""
         rope = None if self._rope is None else self._rope.at(self.offset + keys.shape[-2])
         self.layer.append(keys, values, rope)
-        returned = self.layer.dense()
         is_lazy = self.layer.is_compressed
+        stands_for_all = is_lazy and self._is_attended_once and ATTENTION.is_installed
+        returned = (keys, values) if stands_for_all else self.layer.dense()
         self._returned = (weakref.ref(returned[0]), weakref.ref(returned[1])) if is_lazy else None
         return returned
 
@@ -51,16 +62,32 @@ class XKVCache(mlx_cache._BaseCache, AttendingCache):
     def takes(self, keys: Any, values: Any) -> bool:
         if self._returned is None:
             return False
-        mine = keys is self._returned[0]() and values is self._returned[1]()
+        first, second = (x() for x in self._returned)
+        # of an MLA model the latent is keys and values
+        self._is_latent = keys is first is values
         self._returned = None
-        return mine
+        return self._is_latent or (keys is first and values is second)
 
-    def attend(self, queries: mx.array, scale: float, mask: mx.array | str | None) -> mx.array:
+    def attend(
+        self,
+        queries: mx.array,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
         """Attention from the compressed form: :meth:`xkv.cache.layer.LayerView.attend`."""
         n_queries = queries.shape[-2]
+        if self._is_latent:
+            return self.layer.view.attend_latent(queries, scale, mask)
+        if sinks is not None and n_queries >= FUSED_QUERIES:
+            return mx.fast.scaled_dot_product_attention(
+                queries, *self.layer.dense(), scale=scale, mask=mask, sinks=sinks
+            )
         if isinstance(mask, str):
-            mask = create_causal_mask(n_queries, self.offset - n_queries)
-        return self.layer.attend(queries, scale, mask)
+            mask = None
+        elif mask is None and n_queries > 1:
+            mask = mx.ones((n_queries, self.offset), dtype=mx.bool_)
+        return self.layer.attend(queries, scale, mask, sinks=sinks)
 
     @property
     def offset(self) -> int:

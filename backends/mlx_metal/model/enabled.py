@@ -155,12 +155,14 @@ def plan_cache(model: nn.Module, config: XKVConfig) -> CachePlan:
 
 def planned_caches(model: nn.Module, plan: CachePlan, cache: LowRankCache) -> list[Any]:
     """A new prompt cache for a model, whose compressed layers are those of ``cache``."""
-    ropes = [probe.rope for probe in plan.probe.caches]
-    numbers = iter(range(len(ropes)))
+    probes = plan.probe.caches
+    numbers = iter(range(len(probes)))
 
     def compressed(native: Any) -> Any:
         i = next(numbers)
-        return XKVCache(cache.layers[i], ropes[i]) if i in cache.layers else native
+        if i not in cache.layers:
+            return native
+        return XKVCache(cache.layers[i], probes[i].rope, probes[i].is_attended_once)
 
     return mapped(native_caches(model), compressed)
 

@@ -19,7 +19,7 @@ from xkv.backends.mlx_metal.model.prefill import (
     mapped,
 )
 from xkv.backends.mlx_metal.model.ropes import is_rope_name, rope_of
-from xkv.backends.mlx_metal.model.seam import AttendingCache, attention_seam
+from xkv.backends.mlx_metal.model.seam import WATCHERS, AttendingCache, attention_seam
 from xkv.errors import InputError
 from xkv.planning.cache_plan import CacheProbe, KVShape, ModelProbe
 
@@ -38,6 +38,10 @@ class _ProbeCache(mlx_cache._BaseCache, AttendingCache):
         self.is_touched = False
         """Whether the model reads or writes the arrays other than by the cache's methods."""
         self.reaches_seam = False
+        self.n_attended = 0
+        """Attentions over its rows."""
+        self.n_mine = 0
+        """Of its own layer."""
         self._n_open_reads = 0
         self._rows: tuple[Any, Any] | None = None
 
@@ -82,6 +86,12 @@ class _ProbeCache(mlx_cache._BaseCache, AttendingCache):
             self.reaches_seam = keys is self._rows[0] and values is self._rows[1]
         return False
 
+    def watch(self, keys: Any, cache: Any) -> None:
+        """Note an attention, of whatever layer."""
+        if self._rows is not None and keys is self._rows[0]:
+            self.n_attended += 1
+            self.n_mine += cache is self
+
     def describe(self) -> CacheProbe:
         name = "KVCache"
         if self.is_touched or self._n_open_reads or "values" in vars(self):
@@ -97,7 +107,9 @@ class _ProbeCache(mlx_cache._BaseCache, AttendingCache):
             and shape.key_dim > shape.value_dim
         )
         rope = None if self.rope is None else rope_of(self.rope)
-        return CacheProbe(name, replace(shape, is_mla=is_mla), rope, self.reaches_seam)
+        is_attended_once = self.n_attended == self.n_mine == 1
+        shape = replace(shape, is_mla=is_mla)
+        return CacheProbe(name, shape, rope, self.reaches_seam, is_attended_once)
 
 
 class _Watch:
@@ -181,8 +193,14 @@ def _probe_caches(model: nn.Module, watch: _Watch) -> list[Any]:
 
 
 def _call(model: Any, caches: list[Any]) -> None:
-    with attention_seam():
-        model(mx.zeros((1, PROBE_TOKENS), dtype=mx.int32), cache=caches)
+    watchers = [x.watch for x in flatten(caches) if isinstance(x, _ProbeCache)]
+    WATCHERS.extend(watchers)
+    try:
+        with attention_seam():
+            model(mx.zeros((1, PROBE_TOKENS), dtype=mx.int32), cache=caches)
+    finally:
+        for watch in watchers:
+            WATCHERS.remove(watch)
 
 
 def _try_layerwise(model: nn.Module, layers: LayerwisePrefill, watch: _Watch) -> str | None:

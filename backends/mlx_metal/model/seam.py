@@ -26,8 +26,18 @@ class AttendingCache:
         """Whether attention over exactly these arrays is this cache's to compute."""
         raise NotImplementedError
 
-    def attend(self, queries: mx.array, scale: float, mask: mx.array | str | None) -> mx.array:
-        """Attention of the newest tokens ``[B, n_heads, L, head_dim]`` over the cache."""
+    def attend(
+        self,
+        queries: mx.array,
+        scale: float,
+        mask: mx.array | str | None,
+        sinks: mx.array | None = None,
+    ) -> mx.array:
+        """Attention of the newest tokens ``[B, n_heads, L, head_dim]`` over the cache.
+
+        Args:
+            sinks: ``[n_heads]``: scores of nothing, that take a part of each head's weights.
+        """
         raise NotImplementedError
 
 
@@ -72,6 +82,10 @@ class Patch:
                 setattr(holder, self._name, new)
 
 
+WATCHERS: list[Callable[[Any, Any], None]] = []
+"""Called with the keys of each attention, and the cache that it is over."""
+
+
 def _attention_of(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
     def attention(
         queries: mx.array,
@@ -83,9 +97,11 @@ def _attention_of(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
         sinks: mx.array | None = None,
         **kwargs: Any,
     ) -> mx.array:
+        for watch in WATCHERS:
+            watch(keys, cache)
         is_ours = isinstance(cache, AttendingCache) and not kwargs
-        if is_ours and sinks is None and cache.takes(keys, values):
-            return cache.attend(queries, scale, mask)
+        if is_ours and cache.takes(keys, values):
+            return cache.attend(queries, scale, mask, sinks)
         return original(queries, keys, values, cache, scale=scale, mask=mask, sinks=sinks, **kwargs)
 
     return attention

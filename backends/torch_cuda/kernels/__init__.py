@@ -12,8 +12,8 @@ import torch
 
 from xkv.ops.backend import Backend
 from xkv.ops.kernels import Kernel
-from xkv.ops.packed import Packed
-from xkv.ops.types import Array, Segment
+from xkv.ops.latent import Latent
+from xkv.ops.types import Array, Stored
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -39,16 +39,18 @@ def why_no_kernels(device: torch.device) -> str | None:
     return None
 
 
+def _leading(args: tuple[Any, ...]) -> Array:
+    """The argument in whose dtype a kernel multiplies."""
+    if isinstance(args[0], Stored):
+        return args[0].basis
+    return args[-1] if isinstance(args[0], Latent) else args[0]
+
+
 class TritonKernel:
     """One kernel by its module's name; the module imports Triton, and so is loaded at first use."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-
-    @property
-    def takes_packed(self) -> bool:
-        """Whether the kernel reads packed latents."""
-        return getattr(self._kernel, "takes_packed", False)
 
     @cached_property
     def _kernel(self) -> Kernel:
@@ -56,8 +58,8 @@ class TritonKernel:
 
     def why_not(self, *args: Any) -> str | None:
         """A sentence that says why the kernel cannot take these arguments here, or None."""
-        leading = args[0].latent_k if isinstance(args[0], Segment) else args[0]
-        device = (leading.arrays[0] if isinstance(leading, Packed) else leading).device
+        leading = _leading(args)
+        device = leading.device
         reason = why_no_kernels(device)
         if reason is not None:
             return reason
@@ -89,7 +91,6 @@ class TritonKernel:
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
-RECONSTRUCT_ROWS = TritonKernel("reconstruct_rows")
-SELECTED_ATTENTION = TritonKernel("selected_attention")
-LOWRANK_ATTENTION = TritonKernel("lowrank_attention")
-CHUNK_SCORES = TritonKernel("chunk_scores")
+REBUILD_ROWS = TritonKernel("rebuild_rows")
+INDEX_SCORES = TritonKernel("index_scores")
+WEIGH_ROWS = TritonKernel("weigh_rows")

@@ -48,12 +48,9 @@ def _layer(layer: LayerRows, pick: Pick) -> LayerRows:
         x if x.allocated is None else x._replace(allocated=pick(x.allocated))
         for x in (layer.keys, layer.values)
     )
-    landmarks = layer.landmarks
-    if landmarks is not None:
-        landmarks = landmarks._replace(
-            arrays=tuple(map(pick, landmarks.arrays)), is_outlier=pick(landmarks.is_outlier)
-        )
-    return layer._replace(keys=keys, values=values, landmarks=landmarks)
+    numbers = layer.kept_rows
+    kept_rows = None if numbers is None else pick(numbers)
+    return layer._replace(keys=keys, values=values, kept_rows=kept_rows)
 
 
 def _picked(store: Store | None, pick: Pick) -> Store | None:

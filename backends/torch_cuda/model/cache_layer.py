@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from xkv.backends.torch_cuda.model.attention import AttendingLayer, causal_attention, is_seen
+from xkv.backends.torch_cuda.model.attention import AttendingLayer, causal_attention
 from xkv.cache.layer import FUSED_QUERIES
 from xkv.cache.lowrank_cache import LayerCache
 from xkv.errors import InputError
@@ -179,9 +179,8 @@ class XKVLayer(CacheLayerMixin, AttendingLayer):
 def _attend(part: Any, queries: torch.Tensor, scale: float) -> torch.Tensor:
     """Causal attention of the newest tokens over one part."""
     n_queries = queries.shape[-2]
-    is_fused = isinstance(part, LayerCache) and n_queries >= FUSED_QUERIES
-    if is_fused or not part.is_compressed:
+    if isinstance(part, LayerCache) and (n_queries >= FUSED_QUERIES or not part.is_compressed):
         keys, values = part.dense()
         return causal_attention(queries, keys, values, scale)
-    mask = is_seen(n_queries, part.offset, queries.device) if n_queries > 1 else None
-    return part.attend(queries, scale, mask)
+    with storing():
+        return part.attend(queries, scale, None)

@@ -163,8 +163,7 @@ class _StaticLayer(CacheLayerMixin, AttendingLayer):
         return self, self
 
     def attend(self, queries: torch.Tensor, scale: float) -> torch.Tensor:
-        budget = self.part.cache.config.budget
-        return self.part.view.attend_step(queries, scale, budget, self.n_new)
+        return self.part.attend(queries, scale, None, n_new=self.n_new)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.part.offset + query_length, 0

@@ -12,7 +12,7 @@ from tests.evaluation.methods.documents import (
 from xkv import InputError
 from xkv.evaluation.methods import parse_method
 
-FREE = ["rotating", "snapkv", "snapkv-query", "xkv", "svd", "xkv:attention=selective,budget=256"]
+FREE = ["rotating", "snapkv", "snapkv-query", "xkv", "svd", "xkv:attention=exact"]
 
 
 @pytest.mark.parametrize("text", FREE)
@@ -96,6 +96,7 @@ def test_parse_method_takes_names_and_options():
     svd = parse_method("svd:rank_k=full,rank_v=12")
     assert svd.name == "svd" and not svd.has_free_size
     assert dict(svd.options) == {"rank_k": "full", "rank_v": 12, "group_size": 1}
-    assert parse_method("xkv").has_free_size and not parse_method("xkv").is_stepwise
-    assert parse_method("xkv:attention=selective").is_stepwise
+    assert parse_method("xkv").has_free_size
+    assert parse_method("xkv").is_stepwise
+    assert not parse_method("xkv:attention=exact").is_stepwise
     assert parse_method("snapkv-query").is_query_aware

@@ -41,25 +41,23 @@ def test_layers_outside_the_groups_stay_exact_and_count(backend):
 
 
 LOW_RANK = {"rank_k": 24, "rank_v": 24, "window": 16, "group_size": 2}
-SELECTIVE = {**LOW_RANK, "attention": "selective", "budget": 160, "outlier_chunks": 2}
+FORMS = {
+    "exact": {**LOW_RANK, "attention": "exact"},
+    "set": {**LOW_RANK, "budget": 160, "kept_share": 0.0},
+}
 
 
-@pytest.mark.parametrize("options", [LOW_RANK, SELECTIVE], ids=["dense", "selective"])
+@pytest.mark.parametrize("options", FORMS.values(), ids=FORMS)
 def test_prefix_attends_as_the_cache_does(backend, options):
     document = make_document(backend, 340)
     spec = document.ropes[0]
-    cache = document.make_cache(xkv.XKVConfig(**{"attention": "dense", **options}))
+    cache = document.make_cache(xkv.XKVConfig(**options))
     for i, layer in cache.layers.items():
         layer.append(document.keys[i], document.values[i], spec)
     cache.settle()
     text = ",".join(f"{name}={value}" for name, value in options.items())
     prefixes = parse_method(f"xkv:{text}").compress(document, None).start()
-    assert all((x.landmarks is not None) == (options is SELECTIVE) for x in cache.layers.values())
     for step, n_tokens in enumerate((7, 1, 1, 40)):
-        mask = None
-        if n_tokens > 1:
-            n_rows = prefixes[0].offset + n_tokens
-            mask = backend.from_numpy(np.tri(n_tokens, n_rows, n_rows - n_tokens, dtype=bool))
         for i, prefix in enumerate(prefixes):
             rows = [
                 backend.from_numpy(normal(1, N_KV_HEADS, n_tokens, 32, seed=10 * step + j))
@@ -69,11 +67,11 @@ def test_prefix_attends_as_the_cache_does(backend, options):
             for each in (prefix, cache.layers[i]):
                 each.append(*rows, spec)
             got, want = (
-                backend.to_numpy(each.attend(queries, document.scale, mask))
+                backend.to_numpy(each.attend(queries, document.scale, None))
                 for each in (prefix, cache.layers[i])
             )
             assert relative_error(got, want) < EXACT
-            if options is SELECTIVE and n_tokens == 1:
+            if "budget" in options and n_tokens == 1:
                 everything = backend.attention(queries, *cache.layers[i].dense(), 32**-0.5, None)
                 assert relative_error(got, backend.to_numpy(everything)) > 10 * EXACT
 

@@ -2,80 +2,114 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from xkv.backends.torch_cuda import kernels as triton_kernels
-from xkv.checks.decode_cases import CHUNK_SIZE, DecodeInputs
+from xkv.checks.decode_cases import DecodeCase, DecodeInputs, hide_rows, make_inputs
+from xkv.checks.operations import absorbed_of, offsets_of
 from xkv.checks.tolerances import TOLERANCE, relative_error
 from xkv.ops.backend import Backend
-from xkv.ops.selection import make_landmarks
-from xkv.ops.types import Landmarks
+from xkv.ops.latent import Latent
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: pip install triton (Linux)")
-OPERATIONS = ["reconstruct_rows", "selected_attention", "lowrank_attention"]
+OPERATIONS = ["rebuild_rows keys", "rebuild_rows values", "weigh_rows", "index_scores"]
+"""A kernel's name, and of which rows."""
 
 
-def arguments(operation: str, inputs: DecodeInputs, chunk_size: int = CHUNK_SIZE) -> tuple:
+def arguments(backend: Backend, operation: str, x: DecodeInputs) -> tuple[Any, ...]:
     """The inputs in the order of the backend's method."""
-    x = inputs
-    if operation == "reconstruct_rows":
-        ids = torch.arange(chunk_size, device=x.chunks.device)
-        return x.segment, (x.chunks[..., None] * chunk_size + ids).flatten(-2)
-    if operation == "selected_attention":
-        return x.queries, x.segment, x.chunks, chunk_size, x.keys, x.values, x.scale
-    return x.queries, x.segment, x.keys, x.values, x.scale
+    if operation == "index_scores":
+        absorbed, latent = absorbed_of(backend, x), x.segment.keys.latent
+        return absorbed, latent, offsets_of(backend, x), x.case.n_kv_heads
+    if operation == "weigh_rows":
+        return x.segment.values.latent, x.rows, weights_of(backend, x)
+    return getattr(x.segment, operation.split()[1]), x.rows
 
 
-def exact(args: Any, reference: Backend) -> Any:
-    """The same numbers in float64 on the reference's device."""
-    if isinstance(args, torch.Tensor):
-        args = args.to(reference.device)
-        return args.double() if args.is_floating_point() else args
+def weights_of(backend: Backend, x: DecodeInputs) -> torch.Tensor:
+    """A peaked softmax over a case's rows, for each query of a KV head."""
+    n_sums = x.case.n_heads // x.case.n_kv_heads * x.case.n_queries
+    scores = 3 * backend.normal((*x.rows.shape[:2], n_sums, x.rows.shape[2]), 5)
+    return scores.softmax(-1).to(x.queries.dtype)
+
+
+def mapped(args: Any, change: Callable[[Any], Any], kind: type = torch.Tensor) -> Any:
+    """Arguments with each of their arrays, or latents, changed."""
+    if isinstance(args, kind):
+        return change(args)
+    if isinstance(args, Latent):
+        return args.map(change) if kind is torch.Tensor else args
     if isinstance(args, tuple):
-        numbers = [exact(x, reference) for x in args]
-        return type(args)(*numbers) if hasattr(args, "_fields") else tuple(numbers)
+        parts = [mapped(x, change, kind) for x in args]
+        return type(args)(*parts) if hasattr(args, "_fields") else tuple(parts)
     return args
 
 
-def check(backend: Backend, reference: Backend, operation: str, args: tuple) -> None:
+def trapped(backend: Backend, operation: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same arguments, NaN in the rows that nobody asks for and in those past the end."""
+    if operation == "weigh_rows":
+        # like those of a softmax that goes on over other rows
+        wide = torch.nn.functional.pad(args[2], (0, 3, 0, 1), value=torch.nan)
+        args = *args[:2], wide[:, :, :-1, :-3]
+
+    def hide(latent: Latent) -> Latent:
+        is_used = np.full(latent.shape[:2], operation == "index_scores")
+        if operation != "index_scores":
+            rows = backend.to_numpy(args[1]).reshape(len(is_used), -1)
+            np.put_along_axis(is_used, rows.astype(np.int64), True, axis=1)
+        return hide_rows(backend, latent, is_used)
+
+    return mapped(args, hide, Latent)
+
+
+def kernel_error(
+    run: Callable[..., torch.Tensor],
+    backend: Backend,
+    reference: Backend,
+    operation: str,
+    args: Any,
+) -> float:
+    """Relative error on trapped arguments; infinite where something is not finite."""
+    got = run(*trapped(backend, operation, args))
+    dtypes = {"index_scores": torch.float32, "weigh_rows": getattr(args[-1], "dtype", None)}
+    assert got.dtype == (dtypes[operation] if operation in dtypes else args[0].basis.dtype)
+
+    def exact(x: torch.Tensor) -> torch.Tensor:
+        x = x.to(reference.device)
+        return x.double() if x.is_floating_point() else x
+
+    want = getattr(reference, operation.split()[0])(*mapped(args, exact))
+    if not got.isfinite().all():
+        return np.inf
+    return relative_error(backend.to_numpy(got), reference.to_numpy(want))
+
+
+def check(
+    backend: Backend,
+    reference: Backend,
+    operation: str,
+    case: DecodeCase,
+    dtype: str,
+    **changes: Any,
+) -> None:
     """Run the kernel, and compare with the reference on the same numbers."""
+    inputs = dataclasses.replace(make_inputs(backend, case, dtype), **changes)
+    args, name = arguments(backend, operation, inputs), operation.split()[0]
     backend.kernels.last_path.clear()
-    got = getattr(backend, operation)(*args)
-    assert backend.kernels.last_path[operation] == operation
-    dtype = str(got.dtype).removeprefix("torch.")
-    want = getattr(reference, operation)(*exact(args, reference))
-    assert got.dtype == (args[0].latent_k if operation == "reconstruct_rows" else args[0]).dtype
-    error = relative_error(backend.to_numpy(got), reference.to_numpy(want))
+    error = kernel_error(getattr(backend, name), backend, reference, operation, args)
+    assert backend.kernels.last_path == {name: name}
     assert error <= TOLERANCE[dtype], f"{operation} in {dtype} is off by {error:.2e}"
-
-
-def make_scores_case(
-    backend: Backend, dtype: str, n_chunks: int, head_dim: int = 64, bits: int = 8, sharing: int = 4
-) -> tuple[torch.Tensor, Landmarks, float]:
-    """Queries and landmarks of two KV heads and a batch of two; outliers in both."""
-    kind = getattr(torch, dtype)
-    queries = (backend.normal((2, 2 * sharing, 1, head_dim), 1) * 3).to(kind)
-    keys = backend.normal((2, 2, 2 * n_chunks, head_dim), 2).to(kind)
-    landmarks, _ = make_landmarks(backend, keys, 2, n_chunks // 20, bits)
-    return queries, landmarks, head_dim**-0.5
-
-
-def scores_error(got: torch.Tensor, args: tuple, reference: Backend) -> float:
-    """Relative error apart from the outliers, which are marked exactly."""
-    want = reference.chunk_scores(*exact(args, reference))
-    is_outlier = args[1].is_outlier.cpu().numpy()
-    scores, expected = got.cpu().numpy(), reference.to_numpy(want)
-    assert got.dtype == torch.float32
-    assert ((scores == -1) == is_outlier).all()
-    return relative_error(scores[~is_outlier], expected[~is_outlier])
 
 
 def load_copy(folder: Path, name: str, old: str = "", new: str = "", file: str = "") -> Any:

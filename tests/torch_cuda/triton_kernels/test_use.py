@@ -7,18 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import xkv
 from tests.cache_decoding import decode_with_cache
-from tests.torch_cuda.triton_kernels.checks import (
-    OPERATIONS,
-    arguments,
-    make_scores_case,
-    needs_triton,
-)
+from tests.torch_cuda.triton_kernels.checks import OPERATIONS, arguments, mapped, needs_triton
+from xkv.backends.torch_cuda import kernels as triton_kernels
 from xkv.checks.decode_cases import CASES, DecodeCase, make_inputs
 from xkv.checks.tolerances import TOLERANCE, relative_error
 from xkv.ops.backend import Backend
@@ -27,59 +24,88 @@ from xkv.ops.types import RopeRun
 pytestmark = needs_triton
 
 
-@pytest.mark.parametrize(
-    ("attention", "operations"),
-    [
-        ("dense", {"lowrank_attention"}),
-        ("selective", {"chunk_scores", "selected_attention"}),
-    ],
-)
-def test_cache_decodes_on_kernels(backend: Backend, attention: str, operations: set[str]) -> None:
-    config = xkv.XKVConfig(
-        rank_k=40, rank_v=56, sinks=2, window=20, attention=attention, budget=64, outlier_chunks=3
-    )
+@pytest.mark.parametrize("size", [{"rank_k": 40, "rank_v": 56}, {"compression": 2}], ids=str)
+def test_cache_decodes_on_kernels(backend: Backend, size: dict[str, Any]) -> None:
+    config = xkv.XKVConfig(**size, sinks=2, window=20, budget=64)
     plain = xkv.load_backend("torch", device=str(backend.device), kernels="off")
     backend.kernels.last_path.clear()
     got = decode_with_cache(backend, config)
-    assert backend.kernels.last_path == {name: name for name in operations}
+    names = {operation.split()[0] for operation in OPERATIONS}
+    assert backend.kernels.last_path == {name: name for name in names}
     assert relative_error(got, decode_with_cache(plain, config)) <= TOLERANCE["float32"]
 
 
-def refusals(backend: Backend) -> dict[str, tuple[str, tuple]]:
+def refusals(backend: Backend) -> dict[str, tuple[str, tuple[Any, ...]]]:
     """Arguments that a kernel refuses, by a part of the sentence that says why."""
-    inputs = make_inputs(backend, CASES[0], "float32")
-    args = arguments("selected_attention", inputs)
-    run = inputs.segment.rope_runs[0]
-    segment = inputs.segment._replace(rope_runs=(RopeRun(10, run.spec), RopeRun(54, None)))
-    narrow = make_inputs(backend, DecodeCase(16, 1, 1, 80, 8, 8, n_selected_chunks=1), "float32")
-    strided = inputs.segment.latent_k.repeat_interleave(2, dim=-1)[..., ::2]
-    scores = make_scores_case(backend, "float32", 40)
-    lowrank = arguments("lowrank_attention", inputs)
-    mask = torch.ones(1, 85, dtype=torch.bool, device=backend.device)
-    two = (inputs.queries.repeat(1, 1, 2, 1), *args[1:])
+
+    def args_of(operation: str, case: DecodeCase = CASES[0]) -> tuple[Any, ...]:
+        return arguments(backend, operation, make_inputs(backend, case, "float32"))
+
+    def strided(x: torch.Tensor) -> torch.Tensor:
+        return x.repeat_interleave(2, dim=-1)[..., ::2]
+
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        return x.double() if x.is_floating_point() else x
+
+    stored, rows = args_of("rebuild_rows keys")
+    spec = stored.rope_runs[0].spec
+    two_runs = stored._replace(rope_runs=(RopeRun(10, spec), RopeRun(54, None)))
+    absorbed, latent, offsets, n_kv_heads = args_of("index_scores")
+    values, _, weights = args_of("weigh_rows")
+    off = backend.xp.concat([stored.basis] * 2, axis=-1)[..., 8:72]
     return {
-        "no mask": ("lowrank_attention", (*lowrank, mask)),
-        "2 rotary embeddings": ("selected_attention", (args[0], segment, *args[2:])),
-        "head_dim=80": ("selected_attention", arguments("selected_attention", narrow)),
-        "one query": ("selected_attention", two),
-        "one query a head": ("chunk_scores", (scores[0].repeat(1, 1, 2, 1), *scores[1:])),
-        "differ in dtype": ("selected_attention", (args[0].half(), *args[1:])),
-        "strided": (
-            "selected_attention",
-            (args[0], inputs.segment._replace(latent_k=strided), *args[2:]),
+        "2 rotary embeddings": ("rebuild_rows", (two_runs, rows)),
+        "head_dim=80 is not one of 32, 64": (
+            "rebuild_rows",
+            args_of("rebuild_rows values", DecodeCase(16, 1, 1, 80, 8, 8, n_kept=0)),
         ),
-        "float64": ("lowrank_attention", (lowrank[0].double(), *lowrank[1:])),
-        "65 query heads": (
-            "selected_attention",
-            (args[0].repeat(1, 65, 1, 1), *args[1:]),
+        "10 pairs are rotated": (
+            "rebuild_rows",
+            args_of("rebuild_rows keys", DecodeCase(16, 1, 1, 64, 8, 8, rope_dims=20, n_kept=0)),
+        ),
+        "basis is strided": ("rebuild_rows", (stored._replace(basis=off), rows)),
+        "columns are strided": (
+            "rebuild_rows",
+            (stored._replace(latent=stored.latent.map(strided)), rows),
+        ),
+        "not torch.float64": ("rebuild_rows", mapped((stored, rows), doubled)),
+        "weights are strided": ("weigh_rows", (values, rows, strided(weights))),
+        "weigh_rows cannot run: Triton kernels take .* not torch.float64": (
+            "weigh_rows",
+            (values, rows, weights.double()),
+        ),
+        "weigh_rows cannot run: the latent is torch.float64": (
+            "weigh_rows",
+            (values.map(doubled), rows, weights),
+        ),
+        "the latent is torch.float64": (
+            "index_scores",
+            (absorbed, latent.map(doubled), offsets, n_kv_heads),
+        ),
+        "offsets are torch.float64": (
+            "index_scores",
+            (absorbed, latent, offsets.double(), n_kv_heads),
         ),
     }
 
 
 def test_kernel_refuses_in_a_sentence(backend: Backend) -> None:
-    for reason, (operation, args) in refusals(backend).items():
+    cases = refusals(xkv.load_backend("torch", device=str(backend.device), kernels="off"))
+    for reason, (operation, args) in cases.items():
         with pytest.raises(xkv.InputError, match=reason):
             getattr(backend, operation)(*args)
+
+
+def test_other_bits_are_the_same_compilation(backend: Backend) -> None:
+    for operation in OPERATIONS:
+        kernel = triton_kernels.TritonKernel(operation.split()[0])
+        keys = set()
+        for bits in ((4,), (6, 2, 2), (8, 6, 5, 4, 3, 2)):
+            case = DecodeCase(70, 4, 2, 64, bits=bits, n_kept=0)
+            args = arguments(backend, operation, make_inputs(backend, case, "float16"))
+            keys.add(kernel.check_key(*args))
+        plain = arguments(backend, operation, make_inputs(backend, CASES[0], "float16"))
+        assert len(keys) == 1 and kernel.check_key(*plain) not in keys
 
 
 def test_cpu_tells_once_and_stays_plain(
@@ -90,13 +116,14 @@ def test_cpu_tells_once_and_stays_plain(
     plain = xkv.load_backend("torch", device="cpu")
     inputs = make_inputs(plain, CASES[0], "float32")
     for operation in OPERATIONS:
-        getattr(plain, operation)(*arguments(operation, inputs))
-        assert plain.kernels.last_path[operation] == "plain"
+        name = operation.split()[0]
+        getattr(plain, name)(*arguments(plain, operation, inputs))
+        assert plain.kernels.last_path[name] == "plain"
     told = [x for x in caplog.records if "plain operations" in x.getMessage()]
     assert [x.levelno for x in told] == [logging.INFO]
     strict = xkv.load_backend("torch", device="cpu", kernels="on")
     with pytest.raises(xkv.InputError, match="need a CUDA device"):
-        strict.reconstruct_rows(*arguments("reconstruct_rows", inputs))
+        strict.rebuild_rows(*arguments(plain, OPERATIONS[0], inputs))
 
 
 def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
@@ -112,7 +139,12 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
         text=True,
     )
     assert compiled.returncode == 0, compiled.stderr
-    names, sizes = zip(*map(str.split, compiled.stdout.splitlines()), strict=True)
-    assert len(set(names)) == 7, compiled.stdout
+    names, sizes, shared_by = zip(*map(str.split, compiled.stdout.splitlines()), strict=True)
+    # one for packed latents, whatever their bits, and two for others; rotated or not
+    of_dtype = dict.fromkeys(("index_scores_kernel", "weigh_rows_kernel"), (2, 1, 1))
+    of_dtype["rebuild_rows_kernel"] = 4, 2, 2
+    for name, counts in of_dtype.items():
+        found = [int(n) for x, n in zip(names, shared_by, strict=True) if x == name]
+        assert sorted(found[: 2 * len(counts)]) == sorted(2 * counts), compiled.stdout
     # what a program of compute capability 8.6, which has the least, may use
     assert max(map(int, sizes)) <= 99 * 1024

@@ -9,6 +9,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.evaluation.methods.full import Full
+from xkv.evaluation.methods.landmarks import Landmarks
 from xkv.evaluation.methods.lloydmax import LloydMax
 from xkv.evaluation.methods.lowrank import parse_options
 from xkv.evaluation.methods.method import Compressed, Method
@@ -28,7 +29,7 @@ _OTHERS: dict[str, Any] = {
     kind.name: kind
     for kind in (
         *(Full, Quantized, LloydMax, Rotating, SnapKV, SnapKVQuery),
-        *(Quest, MiniCache, VeloxQuant, RandomKeys),
+        *(Quest, Landmarks, MiniCache, VeloxQuant, RandomKeys),
     )
 }
 

@@ -7,15 +7,19 @@ import functools
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import numpy as np
+
 from xkv.cache.describe import describe_factors
+from xkv.cache.layer import FUSED_QUERIES
 from xkv.cache.lowrank_cache import LowRankCache
 from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.evaluation.methods.method import Compressed, Conversation, Method
 from xkv.evaluation.prefix import Prefix
 from xkv.ops.backend import Backend
-from xkv.ops.selection import select_chunks
-from xkv.ops.types import Array, Landmarks
+from xkv.ops.index import absorbed_queries, index_scores
+from xkv.ops.scores import grouped_scores, is_past, masked
+from xkv.ops.types import Array, Stored
 from xkv.planning.document import Document
 
 
@@ -39,7 +43,7 @@ class LowRank(Method):
 
     @property
     def is_stepwise(self) -> bool:  # type: ignore[override]
-        return dict(self.options).get("attention") == "selective"
+        return dict(self.options).get("attention") != "exact"
 
     def grouped(self, grouping: dict[str, Any]) -> LowRank:
         """With these groups, unless its own options say which layers are grouped."""
@@ -48,7 +52,7 @@ class LowRank(Method):
         return replace(self, options=(*self.options, *grouping.items()))
 
     def compress(self, document: Document, ratio: float | None) -> Compressed:
-        options: dict[str, Any] = {"attention": "dense", **dict(self.options)}
+        options = dict(self.options)
         if ratio is not None:
             options["compression"] = ratio
         cache = compressed_cache(document, XKVConfig(**options))
@@ -124,8 +128,16 @@ def parse_options(text: dict[str, Any], name: str) -> LowRank:
     return LowRank(name, tuple(text.items()))
 
 
-class SelectedPrefix(Prefix):
-    """A document whose chunks are selected anew in every decode step."""
+class IndexedPrefix(Prefix):
+    """A document of whose stored rows each call attends to those that its index finds.
+
+    As in :func:`xkv.ops.attention.attend_set`, but that the rows are chosen anew in every call.
+
+    Args:
+        stored: Keys of the segment.
+        is_dense: Boolean ``[S]``: rows that are not in it.
+        n_attended: Rows of the segment for each KV head.
+    """
 
     def __init__(
         self,
@@ -133,30 +145,40 @@ class SelectedPrefix(Prefix):
         keys: Array,
         values: Array,
         n_tokens: int,
-        exact: tuple[Array, Array],
-        is_dense: Array,
-        landmarks: Landmarks,
-        start: int,
-        budget: int,
+        stored: Stored,
+        is_dense: np.ndarray,
+        n_attended: int,
     ) -> None:
         super().__init__(backend, keys, values, n_tokens)
-        self._approximate, self._exact = (keys, values), exact
-        self._is_dense, self._landmarks = is_dense, landmarks
-        self._start, self._budget = start, budget
+        self._stored, self._n_attended = stored, n_attended
+        self._dense_rows = backend.from_numpy(np.flatnonzero(is_dense))
+        self._is_dense = backend.from_numpy(is_dense)
 
     def select(self, queries: Array, scale: float) -> Array | None:
-        """As :meth:`xkv.cache.lowrank_cache.LayerCache.attend` does: single tokens only."""
-        if queries.shape[-2] > 1:
-            self.prefix_keys, self.prefix_values = self._approximate
+        if queries.shape[-2] >= FUSED_QUERIES:
             return None
-        self.prefix_keys, self.prefix_values = self._exact
-        xp, landmarks = self.backend.xp, self._landmarks
-        chunks = select_chunks(self.backend, queries, landmarks, self._budget, scale)
-        ids = self.backend.positions(0, landmarks.n_chunks)
-        is_chosen = xp.any(chunks[..., None] == ids, axis=-2)
-        n_tokens = self.prefix_keys.shape[-2]
-        rows = _rows_of(self.backend, is_chosen, landmarks.chunk_size, self._start, n_tokens)
-        return rows | self._is_dense
+        backend, xp = self.backend, self.backend.xp
+        n_kv_heads, n_rows = self.prefix_keys.shape[1:3]
+        dense = xp.take(self.prefix_keys, self._dense_rows, axis=2)
+        queries = queries * scale
+        beside = grouped_scores(backend, queries, [dense, self.keys])
+        if queries.shape[-2] > 1:
+            seen = is_past(backend, beside.shape[-1], queries.shape[-2])
+            beside = masked(backend, queries, beside, seen)
+        offsets = backend.logsumexp(beside)
+        absorbed = absorbed_queries(backend, queries, self._stored)
+        worth = index_scores(
+            backend,
+            absorbed,
+            self._stored.latent,
+            xp.reshape(offsets, (queries.shape[0], -1)),
+            n_kv_heads,
+        )
+        chosen = backend.top_indices(worth, self._n_attended) + self._stored.start
+        shape = (queries.shape[0], n_kv_heads, n_rows)
+        marks = xp.zeros(shape, dtype=xp.float32, **backend.placement)
+        ones = xp.ones(chosen.shape, dtype=xp.float32, **backend.placement)
+        return (backend.put_along(marks, chosen, ones) > 0) | self._is_dense
 
 
 def _widen(cache: LowRankCache, document: Document) -> None:
@@ -183,14 +205,12 @@ def _widen(cache: LowRankCache, document: Document) -> None:
 
 
 def _prefix(document: Document, cache: LowRankCache, rows: dict[str, Any]) -> Prefix:
-    backend, n_tokens = document.backend, document.n_tokens
-    if "landmarks" in rows:
-        return SelectedPrefix(backend, n_tokens=n_tokens, budget=cache.config.budget, **rows)
-    return Prefix(backend, n_tokens=n_tokens, **rows)
+    make = IndexedPrefix if "stored" in rows else Prefix
+    return make(document.backend, n_tokens=document.n_tokens, **rows)
 
 
 def _rows(cache: LowRankCache, document: Document, index: int) -> dict[str, Any]:
-    """What a :class:`Prefix` or :class:`SelectedPrefix` is made of."""
+    """What a :class:`Prefix` or :class:`IndexedPrefix` is made of."""
     if index not in cache.layers:
         return {
             "keys": document.widen(document.keys[index]),
@@ -198,39 +218,12 @@ def _rows(cache: LowRankCache, document: Document, index: int) -> dict[str, Any]
         }
     layer = cache.layers[index]
     keys, values = layer.dense()
-    if layer.landmarks is None:
-        return {"keys": keys, "values": values}
-    backend, landmarks = layer.cache.backend, layer.landmarks
-    start = layer.group.start
-    positions = backend.positions(0, layer.offset)
-    is_dense = (positions < start) | (positions >= start + layer.rows.n_segment)
-    is_outlier = _rows_of(backend, landmarks.is_outlier, landmarks.chunk_size, start, layer.offset)
-    exact = tuple(
-        backend.xp.where(is_outlier[..., None], document.widen(rows[index]), approximate)
-        for rows, approximate in ((document.keys, keys), (document.values, values))
-    )
-    if landmarks.bits != 16:
-        wide = backend.dequantize(landmarks.arrays, landmarks.group_size, landmarks.bits)
-        landmarks = landmarks._replace(arrays=(document.widen(wide),), bits=16)
-    return {
-        "keys": keys,
-        "values": values,
-        "exact": exact,
-        "is_dense": is_dense | is_outlier,
-        "landmarks": landmarks,
-        "start": start,
-    }
-
-
-def _rows_of(
-    backend: Backend, is_chosen: Array, chunk_size: int, start: int, n_tokens: int
-) -> Array:
-    """Rows of chosen chunks: ``[B, n_kv_heads, C]`` -> ``[B, n_kv_heads, n_tokens]``."""
-    xp = backend.xp
-    shape = (*is_chosen.shape, chunk_size)
-    rows = xp.reshape(xp.broadcast_to(is_chosen[..., None], shape), (*is_chosen.shape[:2], -1))
-    before, after = (
-        xp.zeros((*rows.shape[:2], n), dtype=rows.dtype, **backend.placement)
-        for n in (start, n_tokens - start - rows.shape[-1])
-    )
-    return xp.concat([before, rows, after], axis=-1)
+    found: dict[str, Any] = {"keys": keys, "values": values}
+    mine = layer.rows
+    n_rebuilt = cache.config.rebuilt_at(mine.n_segment, mine.n_kept)
+    if n_rebuilt is not None:
+        positions = np.arange(layer.offset)
+        found["is_dense"] = (positions < mine.start) | (positions >= mine.start + mine.n_segment)
+        found["stored"] = layer.view.segment(keys.dtype).keys
+        found["n_attended"] = mine.n_kept + n_rebuilt
+    return found

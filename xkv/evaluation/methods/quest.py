@@ -72,20 +72,29 @@ class PagedPrefix(Prefix):
         self._n_read, self._page_size = budget // page_size, page_size
         xp, n_pages = backend.xp, n_tokens // page_size
         shape = (*keys.shape[:2], n_pages, page_size, keys.shape[-1])
-        pages = xp.reshape(keys[..., : n_pages * page_size, :], shape)
+        self._summarize(xp.reshape(keys[..., : n_pages * page_size, :], shape))
+
+    def _summarize(self, pages: Array) -> None:
+        """Note what is known of keys ``[1, n_kv_heads, pages, page_size, head_dim]``."""
+        xp = self.backend.xp
         self._smallest, self._largest = xp.min(pages, axis=-2), xp.max(pages, axis=-2)
+
+    def _worth(self, grouped: Array, scale: float) -> Array:
+        """Of each page to each query ``[B, n_kv_heads, n, head_dim]``."""
+        xp = self.backend.xp
+        # a positive feature scores at most by the largest, a negative one by the smallest
+        bound = xp.where(grouped > 0, grouped, 0.0) @ xp.matrix_transpose(self._largest)
+        return bound + xp.where(grouped > 0, 0.0, grouped) @ xp.matrix_transpose(self._smallest)
 
     def select(self, queries: Array, scale: float) -> Array | None:
         if queries.shape[-2] > 1:
             return None
         xp = self.backend.xp
         batch, n_heads, _, head_dim = queries.shape
-        n_kv_heads, n_pages = self._smallest.shape[1:3]
+        n_kv_heads = self.prefix_keys.shape[1]
         grouped = xp.reshape(queries, (batch, n_kv_heads, n_heads // n_kv_heads, head_dim))
-        # a positive feature scores at most by the largest, a negative one by the smallest
-        bound = xp.where(grouped > 0, grouped, 0.0) @ xp.matrix_transpose(self._largest)
-        bound = bound + xp.where(grouped > 0, 0.0, grouped) @ xp.matrix_transpose(self._smallest)
-        is_read = is_largest(self.backend, xp.max(bound, axis=-2), self._n_read)
+        worth = xp.max(self._worth(grouped, scale), axis=-2)
+        is_read, n_pages = is_largest(self.backend, worth, self._n_read), worth.shape[-1]
         rest = xp.ones((batch, n_kv_heads, 1), dtype=is_read.dtype, **self.backend.placement)
         is_read = xp.concat([is_read, rest], axis=-1)[..., None]
         rows = xp.broadcast_to(is_read, (batch, n_kv_heads, n_pages + 1, self._page_size))

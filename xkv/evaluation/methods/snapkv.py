@@ -132,7 +132,7 @@ def watched_weights(
         ``[B, n_kv_heads, rows]``, averaged over the query heads of a KV head.
     """
     xp = backend.xp
-    scores = grouped_scores(backend, queries, key_parts, scale)
+    scores = grouped_scores(backend, queries * scale, key_parts)
     n_queries, n_rows = queries.shape[-2], scores.shape[-1]
     scores = xp.reshape(scores, (*queries.shape[:2], n_queries, n_rows))
     is_past = backend.positions(n_rows - n_queries, n_queries)[:, None]
