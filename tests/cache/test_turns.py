@@ -92,6 +92,25 @@ def test_slots_hold_no_row_that_was_cut_off(backend):
     assert talk.error() < 1e-4
 
 
+def test_a_slot_that_holds_another_row_than_it_names_is_noticed(backend):
+    """By the invariants that every sequence of the state machine ends with."""
+    talk = Conversation(backend, rank=WIDTH, rank_k="full", rank_v="full", budget=100)
+    talk.say(402)
+    talk.reply(1)
+    layer = talk.cache.layers[0]
+    rows, numbers = layer.rows, np.array(backend.to_numpy(layer.rows.kept_rows))
+    faults = {
+        "another row": rows._replace(kept_rows=backend.from_numpy(numbers - 1)),
+        "kept twice": rows._replace(kept_rows=backend.from_numpy(numbers * 0 + numbers[..., :1])),
+        "none of the segment": rows._replace(n_segment=rows.n_segment - 1),
+    }
+    for sentence, fault in faults.items():
+        layer.rows = fault
+        assert any(sentence in x for x in broken_invariants(talk.cache)), sentence
+    layer.rows = rows
+    assert broken_invariants(talk.cache) == []
+
+
 def test_a_latent_trimmed_to_less_than_half_is_freed(backend):
     talk = Conversation(backend, rank_k=12, rank_v=12)
     talk.say(402)

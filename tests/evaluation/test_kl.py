@@ -201,7 +201,7 @@ def test_default_methods_are_known():
     assert settings[0].label == "full"
     ratios = [x.ratio for x in settings if x.label == "xkv:attention=exact"]
     assert ratios == [4, 6, 8, 12, 16]
-    assert len(settings) == 1 + 4 + 3 + 5 + 2
+    assert len(settings) == 1 + 4 + 3 + 5 + 3
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from xkv.tiny import CHECKPOINT_DIR, make_document
 N_STEPS = 4
 SMALL = {"window": 24, "group_size": 8}
 CONFIGS = {
-    "full rank": XKVConfig(rank_k="full", rank_v="full", window=24),
+    "full rank": XKVConfig(rank_k="full", rank_v="full", window=24, attention="exact"),
     # in 16 bits: codes of few bits flip with the last digit of the frameworks' arithmetic
     "4x": XKVConfig(compression=4, latent_bits=16, **SMALL),
     "4x with a working set": XKVConfig(latent_bits=16, compression=4, budget=128, **SMALL),

@@ -14,7 +14,8 @@ from xkv.ops.backend import Backend
 from xkv.ops.types import Array
 
 SLACK = 2.0
-"""Squared distances of a kept row to its stored form, beside those to other rows' forms."""
+"""Squared distances of a kept row to its stored form, beside those to other rows' forms; and its
+error, beside that of all rows."""
 
 
 def broken_invariants(cache: LowRankCache) -> list[str]:
@@ -102,7 +103,10 @@ def _of_working_set(view: LayerView) -> Iterator[str]:
         products = held @ stored.swapaxes(-1, -2)
         apart = (stored**2).sum(-1)[..., None, :] - 2 * products + (held**2).sum(-1)[..., None]
         its_own = np.take_along_axis(apart, numbers[..., None], axis=-1)[..., 0]
-        if (its_own > SLACK * apart.min(-1) + 1e-3 * (held**2).sum(-1)).any():
+        store = view.keys if name == "keys" else view.values
+        lost = 0.0 if store is None else store.error
+        allowed = (1e-3 + (SLACK * lost) ** 2) * (held**2).sum(-1)
+        if (its_own > SLACK * apart.min(-1) + allowed).any():
             yield f"a slot holds {name} of another row than the one it names"
 
 
