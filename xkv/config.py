@@ -78,7 +78,7 @@ class XKVConfig:
             elsewhere; ``calibrated`` insists on it; ``prompt`` is the paper's form, a joint SVD of
             each prompt. Given ranks, and latents in 16 bits, always mean the prompt's.
         latent_bits: ``auto`` stores the latents' bands of 64 columns, and a prompt's own basis, in
-            as many bits, 2 to 16, as their energies are worth; 16 is the paper's form, where
+            as many bits, 2 to 8, as their energies are worth; 16 is the paper's form, where
             ``compression`` picks ranks. Given ranks are always held in 16.
         value_rank_ratio: rank_v / rank_k when ``compression`` picks ranks.
         max_key_rank: Columns of keys that ``auto`` keeps at most, each of which costs a product in

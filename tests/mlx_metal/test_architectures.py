@@ -15,6 +15,7 @@ from tests.architectures import CONFIGS, MODEL_FILES, NOT_BUILT, build
 from xkv import InputError, XKVConfig
 from xkv.backends.mlx_metal.model.enable import disable, enable
 from xkv.backends.mlx_metal.model.enabled import lowrank_cache
+from xkv.cache.layer import LayerView
 
 FULL_RANK = XKVConfig(rank_k="full", rank_v="full", group_size=2, sinks=2, window=8, max_tail=8)
 PROMPT = np.random.default_rng(0).integers(1, 250, 61).tolist()
@@ -84,3 +85,21 @@ def test_support_table_is_current():
     assert TABLE.read_text() == make_table(rows_of(sorted(CONFIGS))), (
         "run: python -m scripts.support_table"
     )
+
+
+def test_steps_of_an_mla_model_multiply_the_basis_into_queries(monkeypatch):
+    model = build("deepseek_v3")
+    _, want, _ = decode(model)
+    calls, attend = [], LayerView.attend_latent
+
+    def counted(view, queries, scale, bias):
+        calls.append(view.index)
+        return attend(view, queries, scale, bias)
+
+    monkeypatch.setattr(LayerView, "attend_latent", counted)
+    enable(model, FULL_RANK)
+    _, got, cache = decode(model)
+    disable(model)
+    # the first step comes out of the prefill's last call
+    assert len(calls) >= 5 * len(lowrank_cache(cache).layers)
+    np.testing.assert_allclose(got, want, atol=1e-3)

@@ -41,7 +41,7 @@ def add_compression_flags(parser: argparse.ArgumentParser, has_kernels: bool = T
         "--latent-bits",
         type=_latent_bits,
         default=XKVConfig.latent_bits,
-        help="'auto' stores columns in 2 to 16 bits by what they are worth; 16 is the paper's form "
+        help="'auto' stores columns in 2 to 8 bits by what they are worth; 16 is the paper's form "
         f"(default: {XKVConfig.latent_bits})",
     )
     cache.add_argument(
