@@ -11,7 +11,7 @@ import numpy as np
 
 from xkv.backends.mlx_metal.kernels import common, index_scores, rebuild_rows, weigh_rows
 from xkv.backends.mlx_metal.unpacking import codes_of
-from xkv.ops.backend import Backend
+from xkv.ops.backend import MAX_TABLES, Backend
 from xkv.ops.kernels import KernelDispatch, KernelMode
 from xkv.ops.latent import Latent
 from xkv.ops.types import Array, RopeSpec, Stored
@@ -84,6 +84,8 @@ class MLXBackend(Backend):
             # about 15 small operations, fused by mx.compile into a few
             if spec not in self._rotations:
                 plain = super().rope
+                if len(self._rotations) >= MAX_TABLES:
+                    del self._rotations[next(iter(self._rotations))]
                 self._rotations[spec] = mx.compile(lambda rows, at: plain(rows, at, spec))
             return self._rotations[spec](x, positions)
         if spec not in self._freqs:

@@ -12,6 +12,7 @@ from xkv.checks.tolerances import relative_error
 from xkv.config import BAND
 from xkv.ops import index
 from xkv.ops.attention import rebuild_all
+from xkv.ops.backend import MAX_TABLES
 from xkv.ops.index import BLOCK, absorbed_queries, index_basis, index_columns, index_scores
 from xkv.ops.latent import Latent
 from xkv.ops.types import RopeRun, Stored
@@ -127,3 +128,21 @@ def test_top_rows_are_those_of_a_full_sort(name):
         got = backend.to_numpy(index.top_rows(backend, backend.from_numpy(scores), 20))
         want = np.argsort(-scores, axis=-1)[..., :20]
         np.testing.assert_array_equal(np.sort(got), np.sort(want))
+
+
+@pytest.mark.parametrize("name", ["mlx", "torch"])
+def test_a_rope_of_each_call_keeps_few_tables(name):
+    """One that changes with the length rotates every token of a reply by another spec."""
+    backend = load_backend(name, kernels="off")
+    runs = tuple(RopeRun(1, RopeSpec.standard(64, 10_000.0 + i)) for i in range(300))
+    latent = Latent((backend.normal((1, 300, 8), 0),))
+    stored = Stored(latent, backend.normal((1, 8, 1, 64), 1), 0, runs)
+    table = index.block_table(backend, stored, False, backend.xp.float32)
+    # of the rows in the middle of two blocks, the second of which is not full
+    specs = [runs[BLOCK // 2].spec, runs[-1].spec]
+    want = [index.block_numbers(spec, 0, 2, False)[i] for i, spec in enumerate(specs)]
+    assert relative_error(backend.to_numpy(table), np.stack(want)) < 1e-6
+    assert len(backend._angles) == 2
+    for i in range(200):
+        backend.block_angles(RopeSpec.standard(64, 9.0 + i), 0, 2, False, backend.xp.float32)
+    assert len(backend._angles) <= MAX_TABLES

@@ -11,6 +11,9 @@ from xkv.ops.latent import Latent
 from xkv.ops.protocol import Operations
 from xkv.ops.types import Array, RopeSpec, Stored
 
+MAX_TABLES = 64
+"""Tables of angles that are kept for later calls."""
+
 
 class Backend(Operations):
     """One framework on one device. Instances are explicit, so that two can live in one process.
@@ -42,6 +45,9 @@ class Backend(Operations):
             # powers of two: a conversation that grows makes few
             size = 1 << (n_blocks - 1).bit_length()
             numbers = self.from_numpy(index.block_numbers(spec, start, size, has_rest))
+            if len(self._angles) >= MAX_TABLES:
+                # a rope that changes with the length has one for each call
+                del self._angles[next(iter(self._angles))]
             self._angles[key] = self.xp.astype(numbers, dtype)
         return self._angles[key]
 

@@ -115,8 +115,9 @@ def block_table(backend: Operations, stored: Stored, has_rest: bool, dtype: Any)
         first, end = (-(-max(x - BLOCK // 2, 0) // BLOCK) for x in (row, row + n_run))
         row += n_run
         end = n_blocks if row >= n_rows else end
-        angles = backend.block_angles(spec, stored.start, n_blocks, has_rest, dtype)
-        tables.append(angles[first:end])
+        if first < end:
+            angles = backend.block_angles(spec, stored.start, n_blocks, has_rest, dtype)
+            tables.append(angles[first:end])
     return tables[0] if len(tables) == 1 else xp.concat(tables, axis=0)
 
 

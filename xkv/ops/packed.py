@@ -33,10 +33,6 @@ class Part(NamedTuple):
     def unpack(self, backend: Operations) -> Array:
         if self.bits == 16:
             return self.arrays[0]
-        if 0 in self.shape:
-            # no framework unpacks nothing
-            dtype = self.arrays[1].dtype
-            return backend.xp.zeros(self.shape, dtype=dtype, **backend.placement)
         return backend.dequantize(self.arrays, self.group_size, self.bits)
 
     def map(self, function: Any) -> Part:
