@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from xkv.checks.page import write_page
 from xkv.checks.plots import new_figure, write_plots
 from xkv.cli.first_use import calibrate_at_first_use
 from xkv.cli.flags import add_compression_flags, config_from
 from xkv.cli.terminal import user_errors
 from xkv.errors import InputError
-from xkv.evaluation.inspection import inspect, report_lines
+from xkv.evaluation.inspection import STEPS, inspect, report_lines
 from xkv.planning.language_model import load_language_model
 from xkv.planning.layer_groups import choose_profile, read_prompt
 from xkv.tiny import CHECKPOINT_DIR
+
+LONGEST_WORD = 120
+"""Characters of an argument that the page shows."""
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -24,7 +29,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m xkv.inspect",
         description="Plot a prompt's cache: singular spectra, similarity of layers, the error of "
-        "each layer once it is compressed, and the bits that the latents are held in.",
+        "each layer once it is compressed, the bits that the latents are held in, and which rows "
+        "the working set holds while the model decodes; all of it on one page, index.html.",
     )
     parser.add_argument(
         "--model", help="model directory or Hugging Face repository; the bundled model if left out"
@@ -40,7 +46,13 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--out",
         default="xkv-inspection",
-        help="folder of the plots and numbers (default: xkv-inspection)",
+        help="folder of the page, the plots and the numbers (default: xkv-inspection)",
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=STEPS,
+        help=f"tokens to decode, to see what the working set holds (default: {STEPS})",
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="for the tokenizer")
     add_compression_flags(parser, has_kernels=False)
@@ -51,11 +63,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line; a user's mistake is one sentence on stderr and exit code 2."""
     args = setup_arg_parser().parse_args(argv)
     with user_errors():
-        run(args)
+        run(args, command_text(sys.argv[1:] if argv is None else argv))
 
 
-def run(args: argparse.Namespace) -> None:
+def command_text(argv: Sequence[str]) -> str:
+    """The command line, a long prompt cut short."""
+    words = (x if len(x) <= LONGEST_WORD else f"{x[: LONGEST_WORD - 1]}…" for x in argv)
+    return shlex.join(["python", "-m", "xkv.inspect", *words])
+
+
+def run(args: argparse.Namespace, command: str) -> None:
     """Do what the parsed arguments ask.
+
+    Args:
+        args: Of :func:`setup_arg_parser`.
+        command: As it was typed.
 
     Raises:
         InputError: If they cannot be met.
@@ -63,6 +85,8 @@ def run(args: argparse.Namespace) -> None:
     config = config_from(args)
     if config is None:
         raise InputError("--group-size 0 runs the full cache, which has nothing to inspect")
+    if args.steps < 1:
+        raise InputError(f"--steps {args.steps} must be at least 1")
     new_figure(1, 1)  # a missing matplotlib is told before minutes of work
     text = read_prompt(args.prompt)
     name, trust = args.model or str(CHECKPOINT_DIR), args.trust_remote_code
@@ -75,14 +99,15 @@ def run(args: argparse.Namespace) -> None:
     calibrate_at_first_use(
         lambda: model.subject(chosen), model.tokenizer, chosen, args.no_calibration
     )
-    report = inspect(model, text, config)
+    report = inspect(model, text, config, args.steps)
+    report |= {"name": args.model or "the bundled model", "command": command}
     folder = Path(args.out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "inspect.json").write_text(json.dumps(report) + "\n", encoding="utf-8")
     except OSError as error:
         raise InputError(f"cannot write to {folder}: {error.strerror}") from error
-    names = ["inspect.json", *write_plots(folder, report)]
+    names = [write_page(folder, report), "inspect.json", *write_plots(folder, report)]
     print("\n".join(report_lines(report)))
     print(f"{folder}: {', '.join(names)}", file=sys.stderr)
 

@@ -26,7 +26,7 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def report(model):
-    return inspection.inspect(model, TEXT, CONFIG)
+    return inspection.inspect(model, TEXT, CONFIG, 2)
 
 
 def test_spectra_fall_and_hold_all_energy(report):
@@ -98,19 +98,27 @@ def run(capsys, *arguments: str) -> tuple[int, str, str]:
     return code, *capsys.readouterr()
 
 
-def test_command_writes_plots_and_numbers(capsys, tmp_path):
+def test_command_writes_page_plots_and_numbers(capsys, tmp_path):
     out = tmp_path / "deep" / "out"
     flags = ["--backend", "torch", "--prompt", TEXT, "--out", str(out), "--group-size", "3"]
-    code, printed, _ = run(capsys, *flags, "--compression", "2")
+    code, printed, _ = run(capsys, *flags, "--compression", "2", "--steps", "3")
     assert code == 0
     report = json.loads((out / "inspect.json").read_text())
     assert report["groups"] == [[0, 1, 2], [3, 4, 5], [6, 7]]
     assert report["dense_bytes"] / report["held_bytes"] == pytest.approx(2, rel=0.05)
     plots = {path.stem: path.read_bytes() for path in out.glob("*.png")}
-    assert set(plots) == set(report["captions"]) == {"spectra", "similarity", "errors", "bands"}
+    of_set = {"working_set", "swaps"}
+    names = {"spectra", "similarity", "errors", "bands"} | of_set
+    assert set(plots) == set(report["captions"]) == names
     assert all(data.startswith(b"\x89PNG") and len(data) > 10_000 for data in plots.values())
     for caption in report["captions"].values():
         assert caption in printed and "Look" in caption
+    story = report["working_set"]
+    assert len(story["tokens"]) == story["n_opening"] + 3
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert "python -m xkv.inspect --backend torch --prompt" in page and "--steps 3" in page
+    # the command, with a prompt cut short
+    assert "…" in report["command"] and len(report["command"]) < 400
     assert f"| 7 | 2 | {report['errors']['keys'][7]:.4f} |" in printed
 
 
@@ -118,6 +126,7 @@ def test_command_writes_plots_and_numbers(capsys, tmp_path):
     ("flags", "words"),
     [
         (["--group-size", "0"], "nothing to inspect"),
+        (["--prompt", TEXT, "--steps", "0"], "--steps 0 must be at least 1"),
         (["--prompt", "too short"], "at least 256"),
         (["--prompt", TEXT, "--compression", "200"], "too few for a compression of 200"),
         (

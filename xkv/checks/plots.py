@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from xkv.checks.set_plots import swaps, working_set
 from xkv.errors import InputError
 from xkv.planning.grouping import layers_text
 
@@ -43,8 +44,23 @@ CAPTIONS = {
     "bands": "Columns of each latent, from the largest singular value on, and the bits in which "
     "they are held. Look at how long the bars are: a group whose spectrum falls slowly needs more "
     "columns. Columns that are left out are the error.",
+    "working_set": "Stored positions against decode steps, for some layers and each of their KV "
+    "heads. Blue rows stay dense between steps; orange ones are rebuilt in that step only; the "
+    "fuller a colour, the more of the rows there. Look for blue stripes that run down: rows that "
+    "stay wanted.",
+    "swaps": "Left: the share of the rows that a step wants most, as many as the working set has "
+    "slots, that are in it: those need no rebuilding; mean and range over KV heads. Right: rows "
+    "that come into it after a step, always as many (solid), and those of them that had been in it "
+    "before (dashed). Look at how soon the left lines stop rising, and for dashed lines near the "
+    "solid ones: rows that go and come back want a larger --kept-share.",
 }
 """What to look at in each plot."""
+
+
+def captions_of(report: dict[str, Any]) -> dict[str, str]:
+    """Those of a report's plots."""
+    has_set = report["working_set"]["why_not"] is None
+    return {name: x for name, x in CAPTIONS.items() if has_set or name not in _OF_WORKING_SET}
 
 
 def spectra(figure: Any, report: dict[str, Any]) -> None:
@@ -83,7 +99,7 @@ def similarity(figure: Any, report: dict[str, Any]) -> None:
                 corners = [low, high, high, low, low], [low, low, high, high, low]
                 panel.plot(*corners, color="white", linewidth=1.5)
         panel.set(title=tensor, xlabel="layer", ylabel="layer")
-    figure.colorbar(image, ax=panels, label="CKA")
+    figure.colorbar(image, ax=panels, label="CKA", shrink=0.8)
 
 
 def errors(figure: Any, report: dict[str, Any]) -> None:
@@ -102,8 +118,9 @@ def errors(figure: Any, report: dict[str, Any]) -> None:
 
 def bands(figure: Any, report: dict[str, Any]) -> None:
     """A bar a latent, coloured by bits."""
-    panel = figure.subplots()
     names = list(dict.fromkeys((band["group"], band["tensor"]) for band in report["bands"]))
+    figure.set_size_inches(9, 2.2 + 0.35 * len(names))
+    panel = figure.subplots()
     seen: dict[int, Any] = {}
     for band in report["bands"]:
         bits = band["latent_bits"]
@@ -120,7 +137,14 @@ def bands(figure: Any, report: dict[str, Any]) -> None:
     panel.set_yticks(range(len(names)), labels, fontsize=7)
     panel.invert_yaxis()
     panel.set_xlabel("column")
-    panel.legend([seen[bits] for bits in seen], [f"{bits} bits" for bits in seen])
+    order = sorted(seen, reverse=True)
+    panel.legend(
+        [seen[bits] for bits in order],
+        [f"{bits} bits" for bits in order],
+        fontsize=8,
+        loc="upper left",
+        bbox_to_anchor=(1, 1),
+    )
 
 
 def _bits_color(bits: int) -> tuple[float, float, float]:
@@ -134,7 +158,18 @@ _PLOTS: dict[str, tuple[Callable[[Any, dict[str, Any]], None], float, float]] = 
     "similarity": (similarity, 11, 6),
     "errors": (errors, 9, 4.5),
     "bands": (bands, 9, 6),
+    "working_set": (working_set, 11, 6),
+    "swaps": (swaps, 11, 4.5),
 }
+_OF_WORKING_SET = ("working_set", "swaps")
+
+
+def draw(name: str, report: dict[str, Any]) -> Any:
+    """One plot as a figure of matplotlib, without its caption."""
+    plot, width, height = _PLOTS[name]
+    figure = new_figure(width, height)
+    plot(figure, report)
+    return figure
 
 
 def write_plots(folder: Path, report: dict[str, Any]) -> list[str]:
@@ -147,10 +182,9 @@ def write_plots(folder: Path, report: dict[str, Any]) -> list[str]:
         InputError: If matplotlib is missing or a file cannot be written.
     """
     names = []
-    for name, (draw, width, height) in _PLOTS.items():
-        figure = new_figure(width, height)
-        draw(figure, report)
-        figure.supxlabel(textwrap.fill(CAPTIONS[name], CAPTION_COLUMNS), fontsize=9)
+    for name, caption in report["captions"].items():
+        figure = draw(name, report)
+        figure.supxlabel(textwrap.fill(caption, CAPTION_COLUMNS), fontsize=9)
         path = folder / f"{name}.png"
         try:
             figure.savefig(path, dpi=120)

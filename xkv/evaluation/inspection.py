@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 
 from xkv.cache.lowrank_cache import LowRankCache
-from xkv.checks.plots import CAPTIONS
+from xkv.checks.page import error_rows
+from xkv.checks.plots import captions_of
 from xkv.cli.terminal import size_text
 from xkv.config import XKVConfig
 from xkv.evaluation.methods.lowrank import compressed_cache
+from xkv.evaluation.working_set import watch
 from xkv.ops.backend import Backend
 from xkv.ops.types import Array
 from xkv.planning.document import Document
@@ -22,14 +24,23 @@ from xkv.planning.similarity import cka
 
 TENSORS = ("keys", "values")
 
+STEPS = 32
+"""Tokens that are decoded to look at working sets."""
 
-def inspect(model: LanguageModel, text: str, config: XKVConfig) -> dict[str, Any]:
+OPENING = 200
+"""Characters of the prompt that are shown."""
+
+
+def inspect(
+    model: LanguageModel, text: str, config: XKVConfig, n_steps: int = STEPS
+) -> dict[str, Any]:
     """Everything that is plotted, ready for JSON.
 
     Args:
         model: The model.
         text: The prompt.
         config: How it is compressed; only rows that are compressed are looked at.
+        n_steps: Tokens to decode after it, at least 1.
 
     Raises:
         InputError: If the prompt is too short, or its rows hold NaN or infinity.
@@ -44,18 +55,9 @@ def inspect(model: LanguageModel, text: str, config: XKVConfig) -> dict[str, Any
     start = cache.groups[0].start
     rows = slice(start, start + cache.groups[0].layers[0].n_segment)
     plain = {tensor: [layer[rows] for layer in layers] for tensor, layers in plain.items()}
-    dense = [layer for layer in range(n_layers) if layer not in cache.layers]
-    held = cache.held_bytes()
-    held += sum(document.keys[i].nbytes + document.values[i].nbytes for i in dense)
-    return {
-        "model": str(model.identity),
-        "backend": document.backend.name,
-        "n_tokens": document.n_tokens,
-        "n_compressed": rows.stop - rows.start,
+    report = _facts(model, document, cache) | {
+        "prompt": text[:OPENING],
         "config": asdict(config),
-        "groups": [list(group) for group in cache.indices],
-        "dense_bytes": document.dense_bytes,
-        "held_bytes": held,
         "similarity": {
             tensor: cka(document.backend, plain[tensor]).round(6).tolist() for tensor in TENSORS
         },
@@ -66,7 +68,29 @@ def inspect(model: LanguageModel, text: str, config: XKVConfig) -> dict[str, Any
         ],
         "errors": {tensor: _errors(document, cache, tensor, rows) for tensor in TENSORS},
         "bands": band_plan(cache),
-        "captions": CAPTIONS,
+    }
+    # last: the cache grows
+    report["working_set"] = watch(model, document, cache, n_steps)
+    return report | {"captions": captions_of(report)}
+
+
+def _facts(model: LanguageModel, document: Document, cache: LowRankCache) -> dict[str, Any]:
+    """What is held of what."""
+    dense = [layer for layer in range(len(document.keys)) if layer not in cache.layers]
+    held = cache.held_bytes()
+    held += sum(document.keys[i].nbytes + document.values[i].nbytes for i in dense)
+    group = cache.groups[0]
+    return {
+        "model": str(model.identity),
+        "backend": document.backend.name,
+        "versions": model.versions,
+        "n_tokens": document.n_tokens,
+        "n_sinks": group.start,
+        "n_compressed": group.layers[0].n_segment,
+        "is_model_basis": all(x.basis.is_shared for x in group.state.stores),
+        "groups": [list(layers) for layers in cache.indices],
+        "dense_bytes": document.dense_bytes,
+        "held_bytes": held,
     }
 
 
@@ -198,10 +222,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         "| layer | group | error of keys | error of values |",
         "| ---: | ---: | ---: | ---: |",
     ]
-    group_of = {layer: str(i) for i, group in enumerate(report["groups"]) for layer in group}
-    for layer, pair in enumerate(zip(*report["errors"].values(), strict=True)):
-        keys, values = ("dense" if x is None else f"{x:.4f}" for x in pair)
-        lines.append(f"| {layer} | {group_of.get(layer, '–')} | {keys} | {values} |")
+    lines += [f"| {' | '.join(row)} |" for row in error_rows(report)]
     for name, caption in report["captions"].items():
         lines += ["", f"**{name}.png**: {caption}"]
     return lines
