@@ -15,8 +15,10 @@ import platform
 import sys
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
-from xkv import InputError, load_backend
+from xkv import load_backend
 from xkv.checks.decode_step import (
     BUNDLED,
     LLAMA_8B,
@@ -25,6 +27,8 @@ from xkv.checks.decode_step import (
     StepShape,
     time_alternating,
 )
+from xkv.cli.record import make_record, typed_command, write_record
+from xkv.cli.terminal import user_errors
 from xkv.ops.backend import Backend
 from xkv.planning.chips import CHIPS, LENGTHS, milliseconds
 from xkv.planning.decode_cost import total
@@ -45,13 +49,14 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--every-row", action="store_true", help="time that form too")
     parser.add_argument("--runs", type=int, default=15, help="timed runs of each form")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write a record of it")
     return parser
 
 
 def main() -> None:
     args = setup_arg_parser().parse_args()
     options = {"kernels": args.kernels} | ({"device": args.device} if args.device else {})
-    try:
+    with user_errors():
         backend = load_backend(args.backend, **options)
         shape = replace(SHAPES[args.shape], budget=args.budget)
         shape = replace(shape, dtype=args.dtype or shape.dtype)
@@ -59,9 +64,16 @@ def main() -> None:
         if problem is not None:
             sys.exit(f"error: no figures while the forms disagree: {problem}")
         print("\n".join(counted_lines(shape)))
-        print_timings(backend, shape, args)
-    except InputError as error:
-        sys.exit(f"error: {error}")
+        rows = counted_rows(shape) + print_timings(backend, shape, args)
+        if args.json:
+            about = {"shape": args.shape, "dtype": shape.dtype, "device": backend.device_name}
+            threads = os.environ.get("OMP_NUM_THREADS", "unset")
+            about |= {"layers": LLAMA_8B.model.n_layers, "OMP_NUM_THREADS": threads}
+            about |= {"openblas": "preloaded" if is_openblas_preloaded() else "not preloaded"}
+            command = typed_command("python scripts/bench_decode.py")
+            model = "Llama-3.1-8B's shape" if args.shape == "llama-8b" else args.shape
+            options = {"model": model, "backend": args.backend, "settings": about}
+            write_record(args.json, make_record("decode", rows, command=command, **options))
 
 
 def counted_lines(shape: StepShape) -> list[str]:
@@ -93,14 +105,36 @@ def counted_lines(shape: StepShape) -> list[str]:
     return lines
 
 
-def print_timings(backend: Backend, shape: StepShape, args: argparse.Namespace) -> None:
-    """One layer, measured."""
-    is_loaded = "openblas" in os.environ.get("LD_PRELOAD", "").lower()
+def counted_rows(shape: StepShape) -> list[dict[str, Any]]:
+    """The work of a step of all layers of Llama-3.1-8B on each chip, as rows of a record."""
+    model, config = LLAMA_8B.model, replace(shape, model=LLAMA_8B.model).config
+    rows = []
+    for n_tokens in LENGTHS:
+        for chip in CHIPS:
+            found = model.forms(config, n_tokens, chip.sorts)
+            for form, parts in zip(("full", "working set"), found, strict=True):
+                work, n = total(parts), model.n_layers
+                about = {"what": "counted", "tokens": n_tokens, "form": form, "chip": chip.name}
+                counts = {"bytes": n * work.n_bytes, "flops": n * work.flops}
+                counts |= {"launches": n * work.launches}
+                rows.append({**about, "ms": milliseconds(chip, parts, n), **counts})
+    return rows
+
+
+def is_openblas_preloaded() -> bool:
+    return "openblas" in os.environ.get("LD_PRELOAD", "").lower()
+
+
+def print_timings(
+    backend: Backend, shape: StepShape, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """One layer, measured: printed, and as rows of a record."""
+    rows = []
     print(
         f"\nmeasured: one layer of {args.shape}, {shape.dtype}, {platform.machine()} "
         f"{platform.system()}, {args.backend} {version(args.backend)}, device "
         f"{backend.device_name}, {args.runs} runs, median [middle half]\n"
-        f"OpenBLAS preloaded: {'yes' if is_loaded else 'no'}; "
+        f"OpenBLAS preloaded: {'yes' if is_openblas_preloaded() else 'no'}; "
         f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}"
     )
     print(f"{'tokens':>8}  {'form':<13}{'ms':>9}  {'spread':<19}{'MB counted':>11}{'GB/s':>8}  x")
@@ -119,6 +153,10 @@ def print_timings(backend: Backend, shape: StepShape, args: argparse.Namespace) 
                 f"{timings['full'].median_ms / timing.median_ms:.2f}",
                 flush=True,
             )
+            about = {"what": "measured", "tokens": n_tokens, "form": name}
+            times = {"ms": timing.median_ms, "low_ms": timing.low_ms, "high_ms": timing.high_ms}
+            rows.append({**about, **times, "bytes": moved})
+    return rows
 
 
 if __name__ == "__main__":

@@ -4,26 +4,23 @@
 
 Caches of the bundled model over long documents, and synthetic groups of 4 layers with 4,096 joint
 columns, whose singular values fall in three ways. Every method compresses the same caches, all
-bytes counted, and is asked for the attention of queries that look for single tokens. Prints a table
-and writes ``fidelity.json``, ``fidelity.md`` and ``fidelity.png``.
+bytes counted, and is asked for the attention of queries that look for single tokens.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import xkv
+from xkv.cli.record import make_record, typed_command, write_record
+from xkv.cli.terminal import user_errors
 from xkv.evaluation.methods import parse_method
 from xkv.ops.backend import Backend
 from xkv.planning.document import Document
@@ -36,7 +33,6 @@ from fidelity_points import HEAD, PAPER, Point, plot, table_row, verdicts
 
 LONG = 16384
 """Above so many tokens only the ratios that the verdicts need are measured."""
-RESULTS = Path(__file__).parent / "results"
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
@@ -47,7 +43,8 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--families", nargs="+", default=["bundled", *SPECTRA])
     parser.add_argument("--lengths", nargs="+", type=int, default=[8192], help="synthetic")
     parser.add_argument("--documents", type=int, default=6, help="of the bundled model, 4k each")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write a record of it")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw error against ratio")
     return parser
 
 
@@ -97,6 +94,8 @@ def measure(documents: Sequence[Document], family: str, group: str, is_long: boo
                 compressed = method.compress(document, ratio)
             except xkv.InputError as error:
                 print(f"  {label} at {ratio:g} x: {error}", flush=True)
+                n_tokens = document.n_tokens
+                points.append(Point(family, n_tokens, label, 0.0, ratio, problem=str(error)))
                 break
             seconds = time.perf_counter() - began
             layers = compressed.start()
@@ -126,28 +125,26 @@ def main() -> None:
             documents = [synthetic_document(backend, family, n_tokens)]
             points += measure(documents, family, "group_size=4", n_tokens > LONG)
             del documents
-    lines = verdicts(points)
-    print("\n" + "\n".join(lines))
-    save(args, backend, points, lines)
+    measured = [point for point in points if point.problem is None]
+    print("\n" + "\n".join(verdicts(measured)))
+    if args.plot:
+        plot(measured, args.plot)
+    if args.json:
+        with user_errors():
+            keep(args, backend, points)
 
 
-def save(
-    args: argparse.Namespace, backend: Backend, points: Sequence[Point], lines: Sequence[str]
-) -> None:
-    """Write table, numbers and plot."""
-    names = ("torch", "numpy") if args.backend == "torch" else ("mlx", "numpy")
-    about = {
-        "machine": f"{platform.machine()}, {backend.device_name}",
-        "versions": {name: version(name) for name in ("xkv", *names)},
-        "points": [asdict(point) for point in points],
-        "verdicts": lines,
-    }
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "fidelity.json").write_text(json.dumps(about, indent=1) + "\n")
-    table = "\n".join([HEAD, *map(table_row, points)])
-    items = "\n".join(f"- {line}" for line in lines)
-    (args.out / "fidelity.md").write_text(f"{table}\n\n{items}\n")
-    plot(points, args.out / "fidelity.png")
+def keep(args: argparse.Namespace, backend: Backend, points: Sequence[Point]) -> None:
+    """Write a record."""
+    record = make_record(
+        "fidelity",
+        [point.row() for point in points],
+        command=typed_command("python scripts/bench_fidelity.py"),
+        model="bundled, and synthetic groups of 4 layers with 4,096 joint columns",
+        backend=args.backend,
+        settings={"device": backend.device_name, "documents": args.documents},
+    )
+    write_record(args.json, record)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import argparse
 import gc
 import statistics
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -21,6 +22,8 @@ from mlx_lm.models.llama import Model, ModelArgs
 
 import xkv
 from xkv.backends.mlx_metal.model.cache import XKVCache
+from xkv.cli.record import make_record, typed_command, write_record
+from xkv.cli.terminal import user_errors
 
 
 class Run(NamedTuple):
@@ -45,6 +48,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--compression", type=float, default=8)
     parser.add_argument("--prefill-step-size", type=int, default=256)
     parser.add_argument("--runs", type=int, default=3, help="of each side, in turn")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write a record of it")
     return parser
 
 
@@ -117,6 +121,36 @@ def main() -> None:
     print("xKV of mlx-lm: peak {:.3f}, held {:.3f}, time {:.3f}".format(*shares))
     share = ours.factor_seconds / (ours.seconds - ours.factor_seconds)
     print(f"factoring and coding: {ours.factor_seconds:.1f} s, {share:.3f} of the rest of it")
+    if args.json:
+        with user_errors():
+            keep(args, medians, runs)
+
+
+def keep(args: argparse.Namespace, medians: dict[str, Run], runs: dict[str, list[Run]]) -> None:
+    """Write a record."""
+    rows = [
+        {
+            "tokens": args.tokens,
+            "side": name,
+            **run._asdict(),
+            "peak_bytes": int(run.peak_bytes),
+            "held_bytes": int(run.held_bytes),
+            "low_seconds": min(each.seconds for each in runs[name]),
+            "high_seconds": max(each.seconds for each in runs[name]),
+        }
+        for name, run in medians.items()
+    ]
+    about = {"compression": args.compression, "chunk": args.prefill_step_size, "runs": args.runs}
+    heads = f"{args.kv_heads} KV heads of {args.hidden_size // args.heads}"
+    record = make_record(
+        "prefill",
+        rows,
+        command=typed_command("python -m scripts.bench_prefill"),
+        model=f"random weights, {args.layers} layers, hidden size {args.hidden_size}, {heads}",
+        backend="mlx",
+        settings=about,
+    )
+    write_record(args.json, record)
 
 
 if __name__ == "__main__":

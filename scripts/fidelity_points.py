@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PAPER = "latent_bits=16,window=128"
 
@@ -22,6 +23,7 @@ class Point:
         output_error: Relative L2 error of the attention's output, mean over layers.
         logit_error: The same of its scores, their mean over the tokens left out.
         seconds: Time to compress.
+        problem: Why there are no numbers.
     """
 
     family: str
@@ -29,9 +31,24 @@ class Point:
     method: str
     ratio: float
     asked: float | None
-    output_error: float
-    logit_error: float
-    seconds: float
+    output_error: float = 0.0
+    logit_error: float = 0.0
+    seconds: float = 0.0
+    problem: str | None = None
+
+    def row(self) -> dict[str, Any]:
+        """As a row of a record."""
+        about = {"caches": self.family, "tokens": self.n_tokens}
+        about |= {"method": self.method, "ratio": self.asked}
+        if self.problem is not None:
+            return {**about, "problem": self.problem}
+        return {
+            **about,
+            "held_ratio": self.ratio,
+            "output_error": self.output_error,
+            "logit_error": self.logit_error,
+            "seconds": self.seconds,
+        }
 
 
 def table_row(point: Point) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
+from typing import Any
 
-from xkv.checks.machine import examine
+from xkv.checks.machine import examine, report_rows
+from xkv.cli.record import Record, make_record, record_text, typed_command
 from xkv.errors import InputError
 
 SHORTEST = 256
@@ -26,13 +27,16 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-seconds", type=float, default=60.0, help="begin no length that would take longer"
     )
-    parser.add_argument("--json", action="store_true", help="one JSON object, for bug reports")
+    parser.add_argument(
+        "--json", action="store_true", help="a record: one JSON object, for bug reports"
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the report; exit code 1 if a kernel of this device fails or disagrees."""
-    args = setup_arg_parser().parse_args(argv)
+    parser = setup_arg_parser()
+    args = parser.parse_args(argv)
     say = (lambda *_: None) if args.json else print
     logger = logging.getLogger("xkv")
     level = logger.level
@@ -47,9 +51,27 @@ def main(argv: list[str] | None = None) -> None:
     finally:
         logger.setLevel(level)
     if args.json:
-        print(json.dumps(report, indent=2))
+        print(record_text(_record(report, typed_command(parser.prog, argv))), end="")
     if any(kernel["status"] == "failed" for kernel in report["kernels"]):
         sys.exit(1)
+
+
+def _record(report: dict[str, Any], command: str) -> Record:
+    estimate = report["estimate"]
+    settings = {
+        "device": report["device"],
+        "bytes_per_second": estimate["bandwidth"],
+        "products_per_second": estimate["products"],
+        "verdict": report["verdict"],
+    }
+    return make_record(
+        "doctor",
+        report_rows(report),
+        command=command,
+        model="layers of Llama-3.1-8B's shape",
+        backend=report["backend"],
+        settings=settings,
+    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import mlx.core as mx
 import pytest
 
@@ -11,10 +9,17 @@ from xkv import doctor
 from xkv.backends.mlx_metal.kernels import common
 from xkv.checks import machine
 from xkv.checks.decode_step import Timing
+from xkv.cli.record import read_record
 from xkv.planning.chips import Chip
 from xkv.store.shapes import GroupShape
 
 SMALL = ["--lengths", "600", "--json"]
+
+
+def said(capsys, folder):
+    """The record that was printed, checked."""
+    (folder / "doctor.json").write_text(capsys.readouterr().out)
+    return read_record(folder / "doctor.json")
 
 
 @pytest.fixture(autouse=True)
@@ -30,14 +35,18 @@ def small_shapes(monkeypatch):
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="this machine has a Metal device")
 @pytest.mark.parametrize("backend", ["mlx", "torch"])
-def test_doctor_says_what_could_not_be_checked(capsys, backend):
+def test_doctor_says_what_could_not_be_checked(capsys, tmp_path, backend):
     doctor.main(["--backend", backend, *SMALL])
-    report = json.loads(capsys.readouterr().out)
+    record = said(capsys, tmp_path)
+    kernels, (timed,), (estimate,) = (
+        [row for row in record.rows if row["what"] == what]
+        for what in ("kernel", "attention", "decode step")
+    )
     if backend == "mlx":
-        assert {kernel["status"] for kernel in report["kernels"]} == {"not checked"}
-        assert "could not be checked here" in report["verdict"]
-        assert "no" in report["kernels"][0]["why"] and "Metal" in report["kernels"][0]["why"]
-    names = [kernel["kernel"] for kernel in report["kernels"]]
+        assert "could not be checked here" in record.settings["verdict"]
+        for row in kernels:
+            assert row["problem"].startswith("not checked: ") and "Metal" in row["problem"]
+    names = [row["name"] for row in kernels]
     assert sorted(set(names)) == [
         "index_scores",
         "index_scores, packed",
@@ -47,15 +56,14 @@ def test_doctor_says_what_could_not_be_checked(capsys, backend):
         "weigh_rows, packed",
     ]
     assert len(names) == 6 * len(machine.DTYPES)
-    (timed,) = report["attention"]
-    assert timed["tokens"] == 600 and timed["working_set_ms"] > 0 and timed["full_ms"] > 0
-    (estimate,) = report["estimate"]["decode"]
-    assert estimate["tokens"] == 600 and report["estimate"]["bandwidth"] > 0
-    assert report["packages"]["mlx"] and report["machine"]
+    assert timed["tokens"] == 600 and timed["ms"] > 0 and timed["baseline_ms"] > 0
+    assert estimate["tokens"] == 600 and record.settings["bytes_per_second"] > 0
+    assert record.versions["mlx"] and record.machine["cpu"] and record.backend == backend
+    assert record.command == f"python -m xkv.doctor --backend {backend} --lengths 600 --json"
 
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="this machine has a Metal device")
-def test_doctor_shows_the_compilers_words_and_exits_with_1(capsys, monkeypatch):
+def test_doctor_shows_the_compilers_words_and_exits_with_1(capsys, tmp_path, monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError("program_source:12: error: unknown type name 'half9'")
 
@@ -65,16 +73,21 @@ def test_doctor_shows_the_compilers_words_and_exits_with_1(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         doctor.main(SMALL)
     common.build.cache_clear()
-    report = json.loads(capsys.readouterr().out)
+    record = said(capsys, tmp_path)
     assert stop.value.code == 1
-    assert {kernel["status"] for kernel in report["kernels"]} == {"failed"}
-    assert "unknown type name 'half9'" in report["kernels"][0]["why"]
-    assert "kernels fail" in report["verdict"]
+    for row in (row for row in record.rows if row["what"] == "kernel"):
+        assert row["problem"].startswith("failed: ")
+        assert "unknown type name 'half9'" in row["problem"]
+    assert "kernels fail" in record.settings["verdict"]
 
 
-def test_doctor_leaves_out_what_would_take_too_long(capsys):
-    doctor.main(["--lengths", "600", "100000000", "--max-seconds", "1"])
+def test_doctor_leaves_out_what_would_take_too_long(capsys, tmp_path):
+    lengths = ["--lengths", "600", "100000000", "--max-seconds", "1"]
+    doctor.main(lengths)
     assert "left out: would take about" in capsys.readouterr().out
+    doctor.main([*lengths, "--json"])
+    timed = [row for row in said(capsys, tmp_path).rows if row["what"] == "attention"]
+    assert timed[0]["ms"] > 0 and timed[1]["problem"].startswith("left out: would take about")
 
 
 def test_estimate_is_arithmetic_on_measured_rates(monkeypatch, reference):

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from xkv.checks.decode_step import LLAMA_8B, DecodeStep, StepShape, time_alternating
+from xkv.cli.this_machine import memory_bytes, versions
 from xkv.errors import InputError
 from xkv.ops.backend import Backend
 from xkv.ops.index import absorbed_queries
@@ -18,7 +17,6 @@ from xkv.ops.latent import Latent
 from xkv.ops.loading import load_backend
 from xkv.planning.chips import CUDA_LAUNCH_US, METAL_LAUNCH_US, Chip, milliseconds
 
-PACKAGES = ("xkv", "mlx", "mlx-lm", "torch", "transformers", "triton", "numpy")
 DTYPES = ("float16", "bfloat16", "float32")
 CHECK_TOKENS = 1024
 CHECK_BITS = (8, 6, 5, 4, 3, 2)
@@ -39,17 +37,16 @@ def examine(
         say: Called with each line of the report as it is known.
 
     Returns:
-        The report, ready for JSON.
+        The report; :func:`report_rows` makes rows of it.
     """
     plain = load_backend(backend_name, kernels="off")
     report: dict[str, Any] = {
         "machine": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name))},
+        "packages": versions(),
         "backend": backend_name,
         "device": plain.device_name,
     }
-    say(f"machine   {report['machine']}, Python {report['python']}")
+    say(f"machine   {report['machine']}")
     say("packages  " + ", ".join(f"{k} {v}" for k, v in report["packages"].items()))
     say(f"device    {report['device']} ({backend_name})")
     report["kernels"] = _check_kernels(backend_name, plain, say)
@@ -58,6 +55,30 @@ def examine(
     report["verdict"] = _verdict(report)
     say(f"verdict   {report['verdict']}")
     return report
+
+
+def report_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """A report's times, each beside what it is compared with: a plain twin, or full attention."""
+    dtype, model = LLAMA_8B.dtype, "Llama-3.1-8B in 4 bits, by arithmetic"
+    rows: list[dict[str, Any]] = []
+    for x in report["kernels"]:
+        about = {"what": "kernel", "name": x["kernel"], "tokens": CHECK_TOKENS, "dtype": x["dtype"]}
+        rows.append(about | _times(x, "kernel_ms", "plain_ms"))
+    for x in report["attention"]:
+        about = {"what": "attention", "name": "one layer", "tokens": x["tokens"], "dtype": dtype}
+        rows.append(about | _times(x, "working_set_ms", "full_ms"))
+    for x in report["estimate"]["decode"]:
+        about = {"what": "decode step", "name": model, "tokens": x["tokens"], "dtype": dtype}
+        rows.append(about | _times(x, "working_set_ms", "full_ms"))
+    return rows
+
+
+def _times(entry: dict[str, Any], ours: str, baseline: str) -> dict[str, Any]:
+    if ours in entry:
+        return {"ms": entry[ours], "baseline_ms": entry[baseline]}
+    if "left_out" in entry:
+        return {"problem": f"left out: {entry['left_out']}"}
+    return {"problem": f"{entry['status']}: {entry['why']}"}
 
 
 def _check_kernels(
@@ -138,7 +159,7 @@ def _time_attention(
         expected = seconds * n_tokens / last_length if last_length else 0.0
         if expected > max_seconds:
             entry["left_out"] = f"would take about {expected:.0f} s; raise --max-seconds"
-        elif _bytes_needed(shape, n_tokens) > _memory_bytes() / 2:
+        elif _bytes_needed(shape, n_tokens) > memory_bytes() / 2:
             entry["left_out"] = f"needs {_bytes_needed(shape, n_tokens) / 1e9:.0f} GB of memory"
         if "left_out" in entry:
             say(f"  {n_tokens:>7} tokens: left out: {entry['left_out']}")
@@ -223,14 +244,3 @@ def _bytes_needed(shape: StepShape, n_tokens: int) -> int:
     latents = sum(layer.latent_row_bytes(x) for x in (layer.key_bits, layer.value_bits))
     dense = layer.group.row_elements * (layer.item_bytes + 4)
     return shape.batch * n_tokens * (dense + 2 * latents)
-
-
-def _memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
