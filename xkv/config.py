@@ -38,7 +38,7 @@ def buffer_rows(n_rows: int) -> int:
 REBUILT = 256
 """Rows that a step rebuilds for each KV head, where no budget is given.
 
-What more of them are worth, and cost: README, "On a real model" and "Decode attention".
+What more of them are worth, and cost: docs/measured.md.
 """
 
 MAX_KEPT = 2048

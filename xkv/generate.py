@@ -10,15 +10,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
-from xkv.cli.answer import built_in_prompt, show_answers
+from xkv.cli.answer import show_answers, take_built_in_prompt
 from xkv.cli.engine import Sampling, load_engine
 from xkv.cli.flags import (
     add_compression_flags,
     add_generate_flags,
-    check_early,
     check_numbers,
     config_from,
 )
+from xkv.cli.mlx_flags import check_early
 from xkv.cli.openblas import load_mlx
 from xkv.cli.terminal import user_errors
 from xkv.planning.layer_groups import choose_profile
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if chooser.parse_known_args(argv)[0].backend == "torch":
             run_on_torch(setup_arg_parser().parse_args(argv))
         else:
-            check_early(argv)
+            check_early("generate", argv)
             load_mlx().run_generate(argv)
 
 
@@ -81,11 +81,11 @@ def run_on_torch(args: argparse.Namespace) -> None:
     config = config_from(args)
     sampling = Sampling(**{field.name: vars(args)[field.name] for field in fields(Sampling)})
     check_numbers(args)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
-    if prompt is None:
-        prompt = built_in_prompt()
-    elif args.prompt != "-":
-        prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
+    if args.prompt is None:
+        take_built_in_prompt(args)
+        config = config_from(args)
+    escaped = args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    prompt = sys.stdin.read() if args.prompt == "-" else escaped
     name, trust = args.model or str(CHECKPOINT_DIR), args.trust_remote_code
     profile = None
     if config is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from xkv.cli.flags import check_early
+from xkv.cli.mlx_flags import check_early
 from xkv.cli.openblas import load_mlx
 from xkv.cli.terminal import user_errors
 
@@ -12,7 +12,7 @@ from xkv.cli.terminal import user_errors
 def main(argv: Sequence[str] | None = None) -> None:
     """mlx-lm's server with its flags and ours."""
     with user_errors():
-        check_early(argv)
+        check_early("server", argv)
         load_mlx().run_server(argv)
 
 

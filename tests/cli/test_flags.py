@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from xkv.cli.flags import check_early
+from xkv.cli import mlx_flags
 
 PROGRAM = """
 import runpy, sys
@@ -25,7 +27,18 @@ MISTAKES = [
     ("chat", "--max-tokens 0", "--max-tokens 0 must be at least 1"),
     ("chat", "--max-kv-size 100", "--max-kv-size changes mlx-lm's own cache"),
     ("server", "--prefill-step-size 4", "must be above 16"),
-    ("cache_prompt", "--budget 20 --prompt-cache-file x", "must be above the sinks and the window"),
+    (
+        "cache_prompt",
+        "--budget 20 --prompt-cache-file x --prompt a",
+        "must be above the sinks and the window",
+    ),
+    ("generate", "--no-such-flag", "unrecognized arguments: --no-such-flag"),
+    ("generate", "--max-tokens x", "invalid int value: 'x'"),
+    ("chat", "--compression x", "invalid float value: 'x'"),
+    ("server", "--port", "expected one argument"),
+    ("server", "--prompt-cache-bytes many", "invalid _parse_size value: 'many'"),
+    ("server", "--prompt-cache-bytes 3XB", "invalid _parse_size value: '3XB'"),
+    ("cache_prompt", "--prompt a", "required: --prompt-cache-file"),
     ("plan", "--memory -1", "--memory"),
     ("parity", "--max-tokens 0", "--max-tokens 0"),
     ("doctor", "--lengths 0", "--lengths 0 must be at least 256"),
@@ -46,21 +59,49 @@ def test_a_mistake_is_told_before_anything_heavy_is_imported(command, flags, wor
     assert not HEAVY & set(modules)
 
 
+@pytest.mark.parametrize("command", ["generate", "chat", "server", "cache_prompt"])
+def test_help_is_that_of_mlx_lms_own_parser(command, capsys, monkeypatch):
+    texts = []
+    for is_found in (True, False):
+        if not is_found:
+            # as if mlx-lm's source could not be read: its import answers
+            monkeypatch.setattr(mlx_flags, "_main_of", lambda command: None)
+        with pytest.raises(SystemExit, match="0"):
+            importlib.import_module(f"xkv.{command}").main(["--help"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith(f"usage: python -m xkv.{command} ") and "--compression" in texts[0]
+
+
 @pytest.mark.parametrize(
-    "flags",
-    [
-        "",
-        "--help --compression 0.5",
-        "--compression x",
-        "--compression",
-        "--some-flag of --mlx-lm",
-        "--draft-model a --prompt-cache-file b --help",
-        "-p --group-size",
-    ],
+    "line",
+    ["generate --compression 8", "chat", "server", "cache_prompt --prompt a"],
 )
-def test_what_is_not_known_early_is_left_to_mlx_lms_parser(flags):
-    check_early(flags.split())
+def test_flags_that_can_be_met_are_parsed_and_nothing_is_done(line, monkeypatch):
+    command, *flags = line.split()
+    writes_file = command == "cache_prompt"
+    flags += ["--prompt-cache-file", "b"] * writes_file
+    parsed = []
+    check_flags = mlx_flags.check_flags
+
+    def check(args, *others):
+        parsed.append(args)
+        return check_flags(args, *others)
+
+    monkeypatch.setattr(mlx_flags, "check_flags", check)
+    before = list(sys.argv)
+    mlx_flags.check_early(command, flags, writes_file=writes_file)
+    assert sys.argv == before and len(parsed) == 1 and parsed[0].max_tail
 
 
-def test_a_cache_file_that_is_written_may_name_a_draft_model():
-    check_early(["--prompt-cache-file", "b", "--draft-model", "a"], writes_file=True)
+def test_a_source_that_is_not_as_it_was_is_left_to_mlx_lm(tmp_path, monkeypatch):
+    (tmp_path / "__init__.py").touch()
+    spec = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(mlx_flags.importlib.util, "find_spec", lambda name: spec)
+    mlx_flags.check_early("generate", ["--no-such-flag"])
+    (tmp_path / "generate.py").write_text("def main():\n    moved_elsewhere()\n")
+    mlx_flags.check_early("generate", ["--no-such-flag"])
+    text = "import argparse\ndef main():\n    argparse.ArgumentParser().parse_args()\n"
+    (tmp_path / "generate.py").write_text(text)
+    with pytest.raises(SystemExit, match="2"):
+        mlx_flags.check_early("generate", ["--no-such-flag"])

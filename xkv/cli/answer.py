@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 
 from xkv.cli.engine import Generation, Progress
+from xkv.cli.flags import has_compression_flags
 from xkv.cli.terminal import ProgressBars, size_text
 from xkv.config import XKVConfig
 from xkv.tiny import make_document
 
 BUILT_IN_SEED = 2024
 BUILT_IN_TOKENS = 3500
+BUILT_IN_COMPRESSION = 16.0
 
 
-def built_in_prompt() -> str:
-    """A long document and a question about it; says on stdout what is asked."""
+def take_built_in_prompt(args: argparse.Namespace) -> None:
+    """Ask about a long document, and say on stdout what; beside the full cache, at a high ratio.
+
+    Args:
+        args: What was parsed, without a prompt; flags that were given are left as they are.
+    """
     document = make_document(BUILT_IN_SEED, BUILT_IN_TOKENS)
     fact = document.facts[len(document.facts) // 3]
+    args.prompt = f"{document.text} {fact.question}"
+    if not has_compression_flags(args):
+        args.compression = BUILT_IN_COMPRESSION
+    if args.compare is None:
+        args.compare = vars(args).get("prompt_cache_file") is None
     print(
         f"The built-in document has about {BUILT_IN_TOKENS} tokens; it begins:\n"
         f"  {document.text[:140].rsplit(' ', 1)[0]} ...\n"
         f"Question: {fact.question}"
     )
-    return f"{document.text} {fact.question}"
 
 
 def show_answers(
@@ -35,14 +46,16 @@ def show_answers(
     Args:
         answer: Called with a configuration, what to call with text, and with progress.
         config: None answers with the full cache.
-        compare: Answer again with the full cache.
+        compare: Answer with the full cache too.
 
     Returns:
         The first answer.
     """
 
+    is_compared = compare and config is not None
+
     def show(config: XKVConfig | None) -> Generation:
-        if compare:
+        if is_compared:
             print(f"--- {'full cache' if config is None else 'xKV'}")
         with ProgressBars() as bars:
             result = answer(config, bars.write, bars.update)
@@ -51,7 +64,7 @@ def show_answers(
         return result
 
     mine = show(config)
-    if compare and config is not None:
+    if is_compared:
         full = show(None)
         same = "the same" if mine.tokens == full.tokens else "different"
         ratio = full.allocated_bytes / mine.allocated_bytes
@@ -70,7 +83,8 @@ def report(result: Generation) -> str:
     if result.detail is not None:
         what = "Compression" if result.basis_bytes else "Factorization"
         lines.append(f"{what}: {result.factorize_seconds:.3f} s ({result.detail})")
-    lines.append(f"Peak memory: {size_text(result.peak_bytes)}")
+    if result.peak_bytes is not None:
+        lines.append(f"Peak memory: {size_text(result.peak_bytes)}")
     ratio = result.dense_bytes / max(result.allocated_bytes, 1)
     dense, allocated, held = map(
         size_text, (result.dense_bytes, result.allocated_bytes, result.held_bytes)

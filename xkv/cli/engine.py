@@ -41,7 +41,8 @@ class Generation:
         prefill_seconds: Time of the prompt's forward pass, without factorization.
         factorize_seconds: Time of the compression.
         decode_tps: Generated tokens per second.
-        peak_bytes: Most memory in use at any time, weights included.
+        peak_bytes: Most memory in use at any time, weights included; None where another answer's
+            cache was in use too.
         dense_bytes: What the tokens in the cache take in the full cache.
         held_bytes: What they do take, by the sizes of all arrays held.
         allocated_bytes: The same by the framework's own count of live memory.
@@ -56,7 +57,7 @@ class Generation:
     prefill_seconds: float
     factorize_seconds: float
     decode_tps: float
-    peak_bytes: int
+    peak_bytes: int | None
     dense_bytes: int
     held_bytes: int
     allocated_bytes: int

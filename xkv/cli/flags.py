@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -110,36 +109,10 @@ def add_generate_flags(parser: argparse.ArgumentParser) -> None:
         "--backend", choices=["mlx", "torch"], default="mlx", help="framework (default: mlx)"
     )
     parser.add_argument(
-        "--compare", action="store_true", help="run the full cache beside it in the same process"
+        "--compare",
+        action=argparse.BooleanOptionalAction,
+        help="answer out of the full cache too (default: with the built-in prompt)",
     )
-
-
-def check_early(argv: Sequence[str] | None, writes_file: bool = False) -> None:
-    """:func:`check_flags` before a framework, and mlx-lm with all its flags, is imported.
-
-    What is not known here, or cannot be parsed, is left to the command's own parser.
-
-    Args:
-        argv: Arguments; None takes the program's.
-        writes_file: As for :func:`check_flags`.
-
-    Raises:
-        InputError: If the flags contradict each other.
-    """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    add_compression_flags(parser)
-    parser.add_argument("--help", "-h", action="store_true")
-    for name in ("--model", "--draft-model", "--prompt-cache-file"):
-        parser.add_argument(name)
-    for name in ("--kv-bits", "--max-kv-size", "--prefill-step-size"):
-        parser.add_argument(name, type=int)
-    parser.add_argument("--max-tokens", "-m", type=int)
-    try:
-        args, _ = parser.parse_known_args(argv)
-    except argparse.ArgumentError:
-        return
-    if not args.help:
-        check_flags(args, writes_file)
 
 
 def check_flags(args: argparse.Namespace, writes_file: bool = False) -> XKVConfig | None:

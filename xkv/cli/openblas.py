@@ -16,6 +16,21 @@ LIBRARY = "libopenblas.so.0"
 OPT_OUT = "XKV_NO_OPENBLAS"
 """Environment variable that keeps MLX's own."""
 
+ADVICE = (
+    "MLX multiplies with its slow built-in BLAS here: with OpenBLAS (on Debian and Ubuntu: apt install "
+    "libopenblas0-pthread) a prompt is several times as fast"
+)
+
+
+def is_wanted() -> bool:
+    """Whether MLX should use it here."""
+    return sys.platform == "linux" and not os.environ.get(OPT_OUT)
+
+
+def is_loaded() -> bool:
+    """Whether this process has it where MLX finds it."""
+    return hasattr(ctypes.CDLL(None), "openblas_get_config")
+
 
 def load_mlx() -> Any:
     """The MLX backend for a command; on Linux it multiplies float32 by OpenBLAS if there is one.
@@ -23,8 +38,7 @@ def load_mlx() -> Any:
     A library that is loaded first gives the symbols. Programs are left as they are: PyTorch's own
     threads and OpenBLAS's wait for each other.
     """
-    is_wanted = sys.platform == "linux" and not os.environ.get(OPT_OUT)
-    if is_wanted and not {"mlx.core", "torch"} & set(sys.modules):
+    if is_wanted() and not {"mlx.core", "torch"} & set(sys.modules):
         with contextlib.suppress(OSError):
             ctypes.CDLL(LIBRARY, mode=ctypes.RTLD_GLOBAL)
     return load_backend_module("mlx")

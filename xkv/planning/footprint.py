@@ -178,7 +178,7 @@ class CompressedCache:
     def loses(self, n_tokens: int) -> str:
         """What an answer loses, in words."""
         plan = plan_ranks(self.shape, self.config, n_tokens)
-        return plan if isinstance(plan, str) else "low rank: see README"
+        return plan if isinstance(plan, str) else "low rank"
 
     def flags(self, model: str | None, group_size: int) -> str:
         """The command line that runs this."""

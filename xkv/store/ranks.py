@@ -14,7 +14,7 @@ from xkv.store.shapes import CacheShape
 
 WAIT_SHARE = 0.5
 """A conversation that was too short for compression waits for ranks of this share of a very long
-one's: in the README's table of answers, those below lose most of them.
+one's: with those below, most of the bundled model's answers were lost.
 """
 
 PLAN_STEP = 1.02

@@ -7,7 +7,6 @@ import contextlib
 import io
 import sys
 import traceback
-import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,12 +14,15 @@ import mlx.core as mx
 
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.cli.engine import load_errors
-from xkv.backends.mlx_metal.model import seam
+from xkv.backends.mlx_metal.model import borrowed
 from xkv.backends.mlx_metal.model.calibration import calibrate_enabled
 from xkv.backends.mlx_metal.model.enable import disable, enable, identity_of
 from xkv.backends.mlx_metal.model.enabled import enabled_state, lowrank_cache
 from xkv.backends.mlx_metal.model.files import load_prompt_cache, save_prompt_cache
-from xkv.cli.flags import add_compression_flags, check_flags, has_compression_flags
+from xkv.backends.mlx_metal.model.float32 import compute_in_float32
+from xkv.cli import openblas
+from xkv.cli.flags import check_flags, has_compression_flags
+from xkv.cli.mlx_flags import argparse_with, parser_class
 from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.planning.layer_groups import choose_profile
@@ -34,7 +36,7 @@ class Command:
     """Whether ``--prompt-cache-file`` is written, not read."""
 
     def __init__(self) -> None:
-        self.prog = ""
+        self.name = ""
         self.args = argparse.Namespace()
         """What was parsed; set when mlx-lm's ``main`` has done so."""
         self.config: XKVConfig | None = None
@@ -43,33 +45,6 @@ class Command:
         """What ``--grouping`` says; a prompt cache from a file keeps its own groups."""
         self.models: list[Any] = []
         """Models that were loaded and enabled."""
-
-    def add_flags(self, parser: argparse.ArgumentParser) -> None:
-        """Add ours to mlx-lm's."""
-        add_compression_flags(parser)
-
-    def parser_class(self) -> type[argparse.ArgumentParser]:
-        """An ``ArgumentParser`` that adds our flags and checks what it has parsed."""
-        command = self
-
-        class Parser(argparse.ArgumentParser):
-            def __init__(self, *args: Any, **kwargs: Any) -> None:
-                super().__init__(*args, **{**kwargs, "prog": command.prog})
-                command.add_flags(self)
-
-            def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-                for action in self._actions:
-                    if action.dest == "model":
-                        action.help = f"{action.help} (default: the model that comes with xkv)"
-                        action.default = None
-                    if action.dest == "prompt" and not action.required:
-                        action.help = f"{action.help} (default: a question about a long document)"
-                        action.default = None
-                parsed = super().parse_args(*args, **kwargs)
-                command.take(parsed)
-                return parsed
-
-        return Parser
 
     def take(self, args: argparse.Namespace) -> None:
         """Check the parsed flags.
@@ -89,11 +64,8 @@ class Command:
 
     def replacements(self, module: Any) -> dict[str, Any]:
         """Globals of mlx-lm's module that are others while it runs."""
-        names: dict[str, Any] = {
-            "argparse": types.SimpleNamespace(
-                **{**vars(argparse), "ArgumentParser": self.parser_class()}
-            )
-        }
+        parser = parser_class(self.name, self.take)
+        names: dict[str, Any] = {"argparse": argparse_with(parser)}
         for loader in ("load", "sharded_load"):
             if hasattr(module, loader):
                 names[loader] = self.loading(getattr(module, loader))
@@ -146,6 +118,24 @@ class Command:
             print(report, file=sys.stderr)
         self.models.append(model)
 
+    def speed_up(self, model: Any) -> None:
+        """Let a model that was loaded compute in float32, on a CPU with OpenBLAS."""
+        if not openblas.is_wanted() or mx.default_device() != mx.Device(mx.cpu):
+            return
+        if not openblas.is_loaded():
+            text = openblas.ADVICE
+        else:
+            dtype = compute_in_float32(model)
+            if dtype is None:
+                return
+            name = str(dtype).rpartition(".")[2]
+            text = (
+                f"MLX computes in float32 with OpenBLAS here, and rows are held in {name} "
+                f"({openblas.OPT_OUT}=1 turns this off)"
+            )
+        if not self.models and mx.distributed.init().rank() == 0:
+            print(text, file=sys.stderr)
+
     def loading(self, load: Callable[..., Any]) -> Callable[..., Any]:
         """mlx-lm's ``load`` or ``sharded_load``, after which the model is taken."""
 
@@ -154,6 +144,7 @@ class Command:
             with load_errors(path):
                 loaded = load(path, *args, **kwargs)
             model, config = loaded[0], self.config
+            self.speed_up(model)
             if config is not None and profile is not None:
                 config = profile.apply(config, identity_of(model, config))
             if config is not None and enabled_state(model) is None:
@@ -174,10 +165,10 @@ def run(name: str, argv: Sequence[str] | None = None, *, command: Command) -> No
     Raises:
         InputError: If what the flags ask for cannot be met.
     """
-    module = seam.module(f"mlx_lm.{name}")
-    command.prog = f"python -m xkv.{name}"
+    module = borrowed.module(f"mlx_lm.{name}")
+    command.name = name
     before = sys.argv, sys.stdin
-    sys.argv = [command.prog, *(sys.argv[1:] if argv is None else argv)]
+    sys.argv = [name, *(sys.argv[1:] if argv is None else argv)]
     try:
         with replaced(module, command.replacements(module)):
             module.main()

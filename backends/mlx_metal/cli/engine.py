@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx_lm
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from mlx_lm.models import cache as mlx_cache
-from mlx_lm.sample_utils import make_sampler
 
 from xkv.backends.mlx_metal.backend import MLXBackend
+from xkv.backends.mlx_metal.model import borrowed
 from xkv.backends.mlx_metal.model.calibration import MLXSubject
+from xkv.backends.mlx_metal.model.dense_prompt import compressed_copy, prefill_dense
 from xkv.backends.mlx_metal.model.enable import disable, enable, identity_of
 from xkv.backends.mlx_metal.model.enabled import enabled_state, lowrank_cache
 from xkv.backends.mlx_metal.model.memory import dense_bytes
@@ -25,6 +25,18 @@ from xkv.cli.engine import Engine, Generation, Progress, Sampling
 from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.planning.profile import ModelIdentity
+
+mlx_lm = borrowed.module("mlx_lm")
+mlx_cache = borrowed.module("mlx_lm.models.cache")
+
+
+@dataclass(frozen=True)
+class DensePrompt:
+    """A prompt, but for its last token, in the full cache: ``dense_prompt.prefill_dense``."""
+
+    caches: list[Any]
+    step_size: int
+    seconds: float
 
 
 class MLXEngine(Engine):
@@ -60,7 +72,7 @@ class MLXEngine(Engine):
             on_text,
             on_progress,
             max_tokens=sampling.max_tokens,
-            sampler=make_sampler(
+            sampler=borrowed.module("mlx_lm.sample_utils").make_sampler(
                 sampling.temp, sampling.top_p, sampling.min_p, top_k=sampling.top_k
             ),
             prefill_step_size=prefill_step_size,
@@ -75,12 +87,26 @@ class MLXEngine(Engine):
         *,
         prompt_cache: list[Any] | None = None,
         draft_model: Any = None,
+        dense: DensePrompt | None = None,
         **options: Any,
     ) -> Generation:
-        """:meth:`generate` with the options of ``mlx_lm.stream_generate`` instead of ours."""
+        """:meth:`generate` with the options of ``mlx_lm.stream_generate`` instead of ours.
+
+        Args:
+            dense: The prompt, if it is in the full cache already, from which ours is made. An
+                answer out of the full cache is written behind it.
+        """
         # groups that the configuration names are the model's
         draft = config and replace(config, groups=None)
         with self._enabled(self.model, config, on_progress), self._enabled(draft_model, draft):
+            if dense is not None:
+                cache, enabled = dense.caches, enabled_state(self.model)
+                if enabled is not None:
+                    cache = compressed_copy(enabled, cache, dense.step_size)
+                answer = self._stream(prompt[-1:], cache, on_text, on_progress, **options)
+                return replace(
+                    answer, n_prompt=len(prompt), prefill_seconds=dense.seconds, peak_bytes=None
+                )
             # mlx-lm has no cache of a largest size for a draft model's drafts
             size = options.get("max_kv_size") if draft_model is None else None
             cache = prompt_cache or [
@@ -92,6 +118,18 @@ class MLXEngine(Engine):
             return self._stream(
                 prompt, cache, on_text, on_progress, draft_model=draft_model, **options
             )
+
+    def prefill(
+        self, prompt: Sequence[int], step_size: int, on_progress: Progress, size: int | None = None
+    ) -> DensePrompt:
+        """Take a prompt into the full cache, of at most ``size`` tokens."""
+        caches = mlx_cache.make_prompt_cache(self.model, size)
+        began = time.perf_counter()
+        prefill_dense(
+            *(self.model, caches, prompt[:-1], step_size),
+            lambda done, total: on_progress("prefill", done, total),
+        )
+        return DensePrompt(caches, step_size, time.perf_counter() - began)
 
     @contextlib.contextmanager
     def _enabled(

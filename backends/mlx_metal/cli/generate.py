@@ -11,11 +11,11 @@ import mlx.core as mx
 
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.cli.commands import Command, run
-from xkv.backends.mlx_metal.cli.engine import MLXEngine
+from xkv.backends.mlx_metal.cli.engine import DensePrompt, MLXEngine
 from xkv.backends.mlx_metal.model.calibration import calibrate_enabled
 from xkv.backends.mlx_metal.model.enable import disable, enable
-from xkv.cli.answer import built_in_prompt, show_answers
-from xkv.cli.flags import add_generate_flags
+from xkv.backends.mlx_metal.model.generation import STEP_SIZE
+from xkv.cli.answer import show_answers, take_built_in_prompt
 from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.planning.profile import Profile
@@ -29,13 +29,9 @@ def run_generate(argv: Sequence[str] | None = None) -> None:
 class Generate(Command):
     """mlx-lm's ``generate``, whose last step is ours."""
 
-    def add_flags(self, parser: argparse.ArgumentParser) -> None:
-        super().add_flags(parser)
-        add_generate_flags(parser)
-
     def take(self, args: argparse.Namespace) -> None:
         if args.prompt is None:
-            args.prompt = built_in_prompt()
+            take_built_in_prompt(args)
         super().take(args)
         if args.compare and args.prompt_cache_file is not None:
             raise InputError("--compare needs the whole prompt, not --prompt-cache-file")
@@ -65,11 +61,18 @@ class Generate(Command):
     ) -> str:
         """In place of mlx-lm's ``generate``: prints like it, and what the cache holds."""
         engine = MLXEngine(model, tokenizer, MLXBackend(self.args.kernels))
+        is_shared = self.args.compare and options.get("draft_model") is None
+        dense: DensePrompt | None = None
 
         def answer(config: Any, on_text: Any, on_progress: Any) -> Any:
+            nonlocal dense
+            if is_shared and dense is None:
+                step_size = options.get("prefill_step_size", STEP_SIZE)
+                size = options.get("max_kv_size")
+                dense = engine.prefill(prompt, step_size, on_progress, size)
             if self.args.seed is not None:
                 mx.random.seed(self.args.seed)
-            return engine.answer(prompt, config, on_text, on_progress, **options)
+            return engine.answer(prompt, config, on_text, on_progress, dense=dense, **options)
 
         if verbose:
             return show_answers(answer, self.config, self.args.compare).text

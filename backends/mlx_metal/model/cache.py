@@ -7,9 +7,9 @@ import weakref
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models import cache as mlx_cache
 
 from xkv.backends.mlx_metal.backend import MLXBackend
+from xkv.backends.mlx_metal.model import borrowed
 from xkv.backends.mlx_metal.model.seam import ATTENTION, AttendingCache
 from xkv.cache import state as cache_state
 from xkv.cache.layer import FUSED_QUERIES
@@ -17,8 +17,10 @@ from xkv.cache.lowrank_cache import LayerCache
 from xkv.ops.types import Rope
 from xkv.planning.basis_file import basis_of_cache
 
+mlx_cache = borrowed.module("mlx_lm.models.cache")
 
-class XKVCache(mlx_cache._BaseCache, AttendingCache):
+
+class XKVCache(mlx_cache._BaseCache, AttendingCache):  # type: ignore[name-defined]
     """One layer's cache, in place of mlx-lm's ``KVCache``.
 
     ``update_and_fetch`` returns dense keys and values that MLX has not computed yet. Under

@@ -9,9 +9,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import cache as mlx_cache
 
 from xkv.backends.mlx_metal.backend import MLXBackend
+from xkv.backends.mlx_metal.model import borrowed
 from xkv.backends.mlx_metal.model.cache import XKVCache
 from xkv.backends.mlx_metal.model.identity import model_fingerprint, model_name
 from xkv.backends.mlx_metal.model.prefill import (
@@ -29,6 +29,8 @@ from xkv.config import DECODE_TOKENS, XKVConfig
 from xkv.errors import InputError
 from xkv.planning.basis_file import find_basis
 from xkv.planning.cache_plan import CachePlan
+
+mlx_cache = borrowed.module("mlx_lm.models.cache")
 
 _ATTRIBUTE = "_xkv"
 

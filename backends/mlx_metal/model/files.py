@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models import cache as mlx_cache
 
+from xkv.backends.mlx_metal.model import borrowed
 from xkv.backends.mlx_metal.model.cache import XKVCache
 from xkv.backends.mlx_metal.model.prefill import flatten
 from xkv.cache.whole_file import whole_file
 from xkv.errors import InputError
+
+mlx_cache = borrowed.module("mlx_lm.models.cache")
 
 
 def save_prompt_cache(

@@ -9,9 +9,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import cache as mlx_cache
 
-from xkv.backends.mlx_metal.model import seam
+from xkv.backends.mlx_metal.model import borrowed, seam
 from xkv.backends.mlx_metal.model.cache import XKVCache
 from xkv.backends.mlx_metal.model.enabled import (
     Enabled,
@@ -28,7 +27,8 @@ from xkv.errors import InputError
 STEP_SIZE, DRAFT_STEP_SIZE = 2048, 512
 """mlx-lm's defaults of ``prefill_step_size``, alone and with a draft model."""
 
-_GENERATE = seam.module("mlx_lm.generate")
+_GENERATE = borrowed.module("mlx_lm.generate")
+mlx_cache = borrowed.module("mlx_lm.models.cache")
 
 
 def _generate_step_of(original: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:

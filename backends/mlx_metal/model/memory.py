@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_lm.models import cache as mlx_cache
-
+from xkv.backends.mlx_metal.model import borrowed
 from xkv.backends.mlx_metal.model.cache import XKVCache
 from xkv.backends.mlx_metal.model.prefill import flatten
 from xkv.cli.terminal import size_text
+
+mlx_cache = borrowed.module("mlx_lm.models.cache")
 
 
 def dense_bytes(cache: Any) -> int:

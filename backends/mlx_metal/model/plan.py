@@ -13,16 +13,16 @@ import mlx.nn as nn
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from mlx.utils import tree_flatten, tree_map_with_path
-from mlx_lm import utils
-from mlx_lm.generate import maybe_quantize_kv_cache
-from mlx_lm.models import bitlinear_layers
-from mlx_lm.models import cache as mlx_cache
 
+from xkv.backends.mlx_metal.model import borrowed
 from xkv.backends.mlx_metal.model.enabled import plan_cache
 from xkv.backends.mlx_metal.model.prefill import flatten
 from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.planning.footprint import CacheBytes, ModelFacts
+
+utils = borrowed.module("mlx_lm.utils")
+mlx_cache = borrowed.module("mlx_lm.models.cache")
 
 KV_BITS = (8, 4)
 KV_GROUP_SIZE = 64
@@ -128,7 +128,7 @@ def _build(config: dict[str, Any]) -> tuple[nn.Module, mx.Dtype]:
     if own:
         _quantize(model, own, _mlx_predicate(model, own))
     elif foreign and foreign.get("quant_method") == "bitnet":
-        model = bitlinear_layers.bitnet_quantize(model, foreign)
+        model = borrowed.module("mlx_lm.models.bitlinear_layers").bitnet_quantize(model, foreign)
     elif foreign and (settings := _foreign_quantization(foreign)):
         _quantize(model, settings, _foreign_predicate(settings, foreign))
     return model.eval(), dtype
@@ -174,7 +174,9 @@ def _foreign_quantization(foreign: _Quantization) -> _Quantization | None:
     """How mlx-lm holds weights of other tools, None where it makes them 16-bit."""
     method = foreign.get("quant_method")
     if method == "compressed-tensors":
-        return utils._compressed_tensors_quantization(foreign)
+        # mlx-lm up to 0.31 takes every such checkpoint for one of 4 bits
+        read = getattr(utils, "_compressed_tensors_quantization", None)
+        return {"group_size": 32, "bits": 4} if read is None else read(foreign)
     if method in ("awq", "gptq"):
         return {"group_size": foreign["group_size"], "bits": foreign["bits"]}
     if method == "modelopt":
@@ -215,7 +217,9 @@ def _quantized_caches(model: nn.Module, bits: int) -> tuple[CacheBytes, ...] | s
         for n_tokens in (SHORT, LONG):
             caches = _call(model, n_tokens - 1)
             before = [type(cache) for cache in caches]
-            maybe_quantize_kv_cache(caches, 0, KV_GROUP_SIZE, bits)
+            borrowed.module("mlx_lm.generate").maybe_quantize_kv_cache(
+                caches, 0, KV_GROUP_SIZE, bits
+            )
             if before == [type(cache) for cache in caches]:
                 return "mlx-lm quantizes none of its caches"
             ends.append(_call(model, 1, caches))

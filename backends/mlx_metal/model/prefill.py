@@ -51,6 +51,16 @@ def held_arrays(caches: Sequence[Any]) -> list[Any]:
     return [x.layer.arrays() if isinstance(x, XKVCache) else x.state for x in flatten(caches)]
 
 
+def equal_chunks(n_tokens: int, step_size: int) -> Iterator[tuple[int, int]]:
+    """First and last of the tokens that are taken at a time.
+
+    Chunks of equal size: a short last one would count as the end of the prompt.
+    """
+    n_chunks = -(-n_tokens // step_size)
+    size = -(-n_tokens // max(n_chunks, 1))
+    return ((start, min(start + size, n_tokens)) for start in range(0, n_tokens, max(size, 1)))
+
+
 class Prefill:
     """One prompt on its way through the layers.
 
@@ -117,15 +127,11 @@ class Prefill:
         if cache is not None:
             self.called.append(id(cache))
         n_tokens = hidden.shape[1]
-        # chunks of equal size: a short last one would count as the end of the prompt
-        n_chunks = -(-n_tokens // self.step_size)
-        chunk_size = -(-n_tokens // n_chunks)
         for part in flatten([] if cache is None else [cache]):
             if isinstance(part, XKVCache):
                 part.layer.reserve(n_tokens)
         outputs = []
-        for start in range(0, n_tokens, chunk_size):
-            end = min(start + chunk_size, n_tokens)
+        for start, end in equal_chunks(n_tokens, self.step_size):
             call.arguments[states] = hidden[:, start:end]
             for name in others:
                 call.arguments[name] = self._cut(name, given[name], cache, start, end)

@@ -9,8 +9,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import cache as mlx_cache
 
+from xkv.backends.mlx_metal.model import borrowed
+from xkv.backends.mlx_metal.model.float32 import held_dtype
 from xkv.backends.mlx_metal.model.prefill import (
     CannotChunk,
     LayerwisePrefill,
@@ -23,10 +24,12 @@ from xkv.backends.mlx_metal.model.seam import WATCHERS, AttendingCache, attentio
 from xkv.errors import InputError
 from xkv.planning.cache_plan import CacheProbe, KVShape, ModelProbe
 
+mlx_cache = borrowed.module("mlx_lm.models.cache")
+
 PROBE_TOKENS, PROBE_STEP = 40, 20
 
 
-class _ProbeCache(mlx_cache._BaseCache, AttendingCache):
+class _ProbeCache(mlx_cache._BaseCache, AttendingCache):  # type: ignore[name-defined]
     """A plain cache that notes what it is asked for."""
 
     def __init__(self, watch: _Watch) -> None:
@@ -48,8 +51,8 @@ class _ProbeCache(mlx_cache._BaseCache, AttendingCache):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.n_updates += 1
         self.rope = self._watch.rope_of(keys)
-        n_kv_heads, key_dim = keys.shape[1], keys.shape[-1]
-        self.shape = KVShape(n_kv_heads, key_dim, values.shape[-1], keys.itemsize)
+        n_kv_heads, key_dim, item_bytes = keys.shape[1], keys.shape[-1], held_dtype(keys.dtype).size
+        self.shape = KVShape(n_kv_heads, key_dim, values.shape[-1], item_bytes)
         if values.shape[:3] != keys.shape[:3] or not values.shape[-1]:
             self.shape = None
         if self._rows is not None:

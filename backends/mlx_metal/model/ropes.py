@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models import rope_utils
 
+from xkv.backends.mlx_metal.model import borrowed
 from xkv.errors import InputError
 from xkv.ops.types import DynamicNTKRope, Rope, RopeSpec
+
+rope_utils = borrowed.module("mlx_lm.models.rope_utils")
 
 
 def rope_of(module: nn.Module) -> Rope | None:

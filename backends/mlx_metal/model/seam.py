@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models import base
+
+from xkv.backends.mlx_metal.model import borrowed
 
 _NAME = "scaled_dot_product_attention"
-
-
-def module(name: str) -> Any:
-    """A module of mlx-lm by its full name, which a function of the same name may hide."""
-    return importlib.import_module(name)
 
 
 class AttendingCache:
@@ -107,7 +102,7 @@ def _attention_of(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
     return attention
 
 
-ATTENTION = Patch(base, _NAME, _attention_of)
+ATTENTION = Patch(borrowed.module("mlx_lm.models.base"), _NAME, _attention_of)
 
 
 @contextlib.contextmanager

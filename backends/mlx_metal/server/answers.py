@@ -8,18 +8,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_lm import server as mlx_server
-
+from xkv.backends.mlx_metal.model import borrowed
 from xkv.backends.mlx_metal.server.errors import ClientGone, RequestError, error_text
 from xkv.backends.mlx_metal.server.stops import StopText
 from xkv.errors import InputError
+
+mlx_server = borrowed.module("mlx_lm.server")
 
 _LEAST_LOGPROB = -9999.0
 """OpenAI's for tokens that cannot be; JSON has no infinity."""
 
 
 @dataclass
-class Answer(mlx_server.Response):
+class Answer(mlx_server.Response):  # type: ignore[name-defined]
     """One token of an answer.
 
     mlx-lm drops text that comes with the reason "stop", so that every end is a "length" to it.

@@ -10,14 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import (
-    ChunkedKVCache,
-    LRUPromptCache,
-    PromptTrie,
-    can_trim_prompt_cache,
-    trim_prompt_cache,
-)
 
+from xkv.backends.mlx_metal.model import borrowed
 from xkv.backends.mlx_metal.model.cache import XKVCache
 from xkv.backends.mlx_metal.model.enabled import Enabled
 from xkv.backends.mlx_metal.model.memory import cache_text, dense_bytes
@@ -25,6 +19,8 @@ from xkv.backends.mlx_metal.model.prefill import flatten
 from xkv.config import buffer_rows
 from xkv.planning.footprint import storing_bytes
 from xkv.store.ranks import WAIT_SHARE, ModelPlan, plan_ranks
+
+mlx_cache = borrowed.module("mlx_lm.models.cache")
 
 
 @dataclass(frozen=True)
@@ -101,7 +97,7 @@ class _Held:
     dense_bytes: int
 
 
-class _Trie(PromptTrie):
+class _Trie(mlx_cache.PromptTrie):  # type: ignore[name-defined]
     """mlx-lm's, which also lists what its entries hold."""
 
     def __init__(self) -> None:
@@ -129,7 +125,7 @@ class _Trie(PromptTrie):
         return value
 
 
-class PromptCache(LRUPromptCache):
+class PromptCache(mlx_cache.LRUPromptCache):  # type: ignore[name-defined]
     """mlx-lm's prompt cache under a cap, in which the request being served counts too.
 
     Factors are immutable, so that conversations with the same beginning share them; every array
@@ -182,7 +178,7 @@ class PromptCache(LRUPromptCache):
         cache, rest = super().fetch_nearest_cache(model, tokens)
         if cache is not None and not rest:
             # mlx-lm cannot generate from an empty prompt
-            trim_prompt_cache(cache, 1)
+            mlx_cache.trim_prompt_cache(cache, 1)
             rest = tokens[-1:]
         if cache is not None and not is_at(cache, len(tokens) - len(rest)):
             cache, rest = self._fetch_untrimmed(model, tokens)
@@ -245,7 +241,7 @@ def is_at(caches: Sequence[Any], n_tokens: int) -> bool:
     for cache in flatten(caches):
         if getattr(cache, "offset", n_tokens) != n_tokens:
             return False
-        if isinstance(cache, ChunkedKVCache):
+        if isinstance(cache, mlx_cache.ChunkedKVCache):
             chunk = n_tokens // cache.chunk_size * cache.chunk_size
             if cache.start_position > chunk:
                 return False
@@ -254,7 +250,7 @@ def is_at(caches: Sequence[Any], n_tokens: int) -> bool:
 
 def _in_step(tokens: list[int], caches: list[Any]) -> list[int]:
     """Cut tokens and caches to the same length: after speculative decoding they differ."""
-    if not can_trim_prompt_cache(caches):
+    if not mlx_cache.can_trim_prompt_cache(caches):
         return tokens
     layers = [cache for cache in flatten(caches) if hasattr(cache, "offset")]
     n_tokens = min([len(tokens), *(layer.offset for layer in layers)])

@@ -18,9 +18,9 @@ from typing import Any
 import mlx.core as mx
 from huggingface_hub import CacheNotFound
 from mlx.utils import tree_flatten
-from mlx_lm import server as mlx_server
 
 from xkv.backends.mlx_metal.cli.commands import Command, run
+from xkv.backends.mlx_metal.model import borrowed
 from xkv.backends.mlx_metal.model.enable import disable
 from xkv.backends.mlx_metal.model.enabled import enabled_state, native_caches
 from xkv.backends.mlx_metal.server.answers import Answers
@@ -29,6 +29,8 @@ from xkv.backends.mlx_metal.server.errors import RequestError, error_text
 from xkv.backends.mlx_metal.server.handler import Handler
 from xkv.backends.mlx_metal.server.request import malformed_calls, wrap_arguments
 from xkv.errors import InputError
+
+mlx_server = borrowed.module("mlx_lm.server")
 
 
 def run_server(argv: Sequence[str] | None = None) -> None:
@@ -86,7 +88,7 @@ def _scanning(original: Callable[..., Any]) -> Callable[..., Any]:
     return scan_cache_dir
 
 
-class Models(mlx_server.ModelProvider):
+class Models(mlx_server.ModelProvider):  # type: ignore[name-defined]
     """mlx-lm's models, of which ours lets go together with it."""
 
     def __init__(self, args: argparse.Namespace, command: Server) -> None:
@@ -108,7 +110,7 @@ class Models(mlx_server.ModelProvider):
             raise RequestError(404, str(error), "model_not_found") from error
 
 
-class Generator(mlx_server.ResponseGenerator):
+class Generator(mlx_server.ResponseGenerator):  # type: ignore[name-defined]
     """mlx-lm's generation thread, which refuses what does not fit before it is computed."""
 
     prompt_cache: PromptCache

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mlx_lm import server as mlx_server
-
+from xkv.backends.mlx_metal.model import borrowed
 from xkv.backends.mlx_metal.server.answers import Answer
 from xkv.backends.mlx_metal.server.errors import MEMORY_PATH, ClientGone, RequestError
 from xkv.backends.mlx_metal.server.request import checked
+
+mlx_server = borrowed.module("mlx_lm.server")
 
 _COLDEST = 2e-4
 """Below it log probabilities over the temperature leave float16's range: greedy."""
@@ -61,8 +62,11 @@ class _Client:
             raise ClientGone("the client is gone")
 
 
-class Handler(mlx_server.APIHandler):
+class Handler(mlx_server.APIHandler):  # type: ignore[name-defined]
     """mlx-lm's requests; errors are answered in OpenAI's form."""
+
+    temperature: float
+    stream_options: dict[str, Any] | None
 
     def __init__(self, generator: Any, request: Any, *args: Any, **kwargs: Any) -> None:
         self._has_begun = False
