@@ -118,7 +118,7 @@ def _main_of(command: str) -> Any:
 
 
 def _names_of(path: Path) -> dict[str, Any]:
-    """A module's constants and functions; of what it imports, the standard library and siblings'."""
+    """A module's constants and functions, those of its siblings too, and the standard library."""
     names: dict[str, Any] = {"__name__": f"mlx_lm.{path.stem}"}
     tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
     for statement in tree.body:

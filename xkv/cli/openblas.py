@@ -17,8 +17,8 @@ OPT_OUT = "XKV_NO_OPENBLAS"
 """Environment variable that keeps MLX's own."""
 
 ADVICE = (
-    "MLX multiplies with its slow built-in BLAS here: with OpenBLAS (on Debian and Ubuntu: apt install "
-    "libopenblas0-pthread) a prompt is several times as fast"
+    "MLX multiplies with its slow built-in BLAS here: with OpenBLAS (on Debian and Ubuntu: apt "
+    "install libopenblas0-pthread) a prompt is several times as fast"
 )
 
 
