@@ -3,7 +3,7 @@
 #
 #     bash scripts/try_pythons.sh                  # 3.10 to 3.13, as found on PATH or in pyenv
 #     bash scripts/try_pythons.sh 3.12             # only this one
-#     WITH_TORCH=1 bash scripts/try_pythons.sh     # and PyTorch, gigabytes each: more of the tests
+#     WITH_TORCH=1 bash scripts/try_pythons.sh     # and PyTorch, gigabytes each, from 3.11 on
 #
 # Every Python gets an environment of its own, which is removed again; one line of result for each.
 # Exit status: 0 if all passed, 1 if one did not, 2 if none was found.

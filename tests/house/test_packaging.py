@@ -77,7 +77,7 @@ def test_versions_of_mlx_lm_known_to_work_are_those_that_are_tested():
     oldest, newest = known.groups()
     project, ci = (ROOT / "pyproject.toml").read_text(), (ROOT / ".ci" / "run").read_text()
     assert f'"mlx-lm>={oldest}"' in project
-    assert f'"mlx-lm=={newest};' in project
+    assert f'"mlx-lm=={newest}"' in project
     assert f"'mlx-lm=={oldest}'" in ci
     assert f"\n{oldest} | {newest}) echo" in ci
 
