@@ -50,8 +50,11 @@ TAKEN: dict[str, dict[str, str]] = {
         "APIHandler.end_headers": "(self)",
         "APIHandler.generate_response": "(self, text, finish_reason, *, token_logprobs, "
         "tool_calls, top_tokens)",
+        "APIHandler.handle_chat_completions": "(self)",
         "APIHandler.handle_completion": "(self, request, stop_words)",
         "APIHandler.requested_draft_model": "",
+        "APIHandler.request_id": "",
+        "APIHandler.requested_model": "",
         "APIHandler.response_generator": "",
         "APIHandler.stream": "",
         "APIHandler.stream_options": "",
@@ -60,7 +63,7 @@ TAKEN: dict[str, dict[str, str]] = {
         "CompletionRequest": "(*, messages, prompt, ...)",
         "GenerationArguments": "(*, logits, logprobs, max_tokens, sampling, stop_words, "
         "top_logprobs, ...)",
-        "GenerationContext": "(*, tool_parser, _should_stop, ...)",
+        "GenerationContext": "(*, prompt, prompt_cache_count, tool_parser, _should_stop, ...)",
         "GenerationContext.stop": "(self)",
         "LogitsProcessorArguments": "(*, logit_bias, ...)",
         "LRUPromptCache": "(max_size)",

@@ -28,6 +28,8 @@ class Answer(mlx_server.Response):  # type: ignore[name-defined]
 
     end: str | None = None
     """Why the answer ends here, if it does."""
+    stop: str | None = None
+    """The stop string that it ends at."""
     entry: dict[str, Any] | None = None
     """The sampled token and the likeliest ones, as OpenAI's ``logprobs.content`` has them."""
 
@@ -92,7 +94,7 @@ class Answers:
             self.context.stop()
         fields = fields | {"text": text, "finish_reason": None if end is None else "length"}
         entry = self._entry(response) if self._has_logprobs else None
-        return Answer(**fields, end=end, entry=entry)
+        return Answer(**fields, end=end, stop=self._stops.found, entry=entry)
 
     def _entry(self, response: Any) -> dict[str, Any]:
         top = sorted(response.top_tokens, key=lambda x: x["logprob"], reverse=True)

@@ -8,11 +8,13 @@ from http import HTTPStatus
 from xkv.errors import InputError
 
 MEMORY_PATH = "/xkv/memory"
+MESSAGES_PATH = "/v1/messages"
+COUNT_PATH = "/v1/messages/count_tokens"
 
 _MESSAGES = {
     HTTPStatus.BAD_REQUEST: "the request must be a JSON object",
     HTTPStatus.NOT_FOUND: "no such path; there are /v1/chat/completions, /v1/completions, "
-    f"/v1/models, /health and {MEMORY_PATH}",
+    f"{MESSAGES_PATH}, {COUNT_PATH}, /v1/models, /health and {MEMORY_PATH}",
     HTTPStatus.LENGTH_REQUIRED: "the request has no Content-Length",
 }
 

@@ -26,7 +26,7 @@ from xkv.backends.mlx_metal.model.enabled import enabled_state, native_caches
 from xkv.backends.mlx_metal.server.answers import Answers
 from xkv.backends.mlx_metal.server.budget import PromptCache, RequestBytes
 from xkv.backends.mlx_metal.server.errors import RequestError, error_text
-from xkv.backends.mlx_metal.server.handler import Handler
+from xkv.backends.mlx_metal.server.messages import CountRequest, MessagesHandler, PromptCount
 from xkv.backends.mlx_metal.server.request import malformed_calls, wrap_arguments
 from xkv.errors import InputError
 
@@ -65,7 +65,7 @@ def _serving(original: Callable[..., None]) -> Callable[..., None]:
     def _run_http_server(host: str, port: int, generator: Generator) -> None:
         try:
             generator.wait_until_loaded()
-            original(host, port, generator, handler_class=Handler)
+            original(host, port, generator, handler_class=MessagesHandler)
         except OSError as error:
             raise InputError(
                 f"cannot listen on {host}:{port}: {error}; try another --port"
@@ -170,6 +170,8 @@ class Generator(mlx_server.ResponseGenerator):  # type: ignore[name-defined]
             raise RequestError(400, "the chat template's arguments make something else than tokens")
         if not prompt:
             raise RequestError(400, "the prompt is empty")
+        if isinstance(request, CountRequest):
+            raise PromptCount(len(prompt))
         self.prompt_cache.reserved = self._admit(len(prompt), args.max_tokens)
         return tokenized
 

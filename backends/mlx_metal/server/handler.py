@@ -31,6 +31,10 @@ class _Client:
         self._entries: list[dict[str, Any]] = []
         self.end: str | None = None
         """Why the answer ended."""
+        self.stop: str | None = None
+        """The stop string that it ended at."""
+        self.context: Any = None
+        """mlx-lm's, of the request that is being answered."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._generator, name)
@@ -40,13 +44,13 @@ class _Client:
             self._check()
             progress_callback(done, total)
 
-        context, answers = self._generator.generate(request, args, progress)
-        return context, self._checked(answers)
+        self.context, answers = self._generator.generate(request, args, progress)
+        return self.context, self._checked(answers)
 
     def _checked(self, answers: Iterator[Answer]) -> Iterator[Answer]:
         for answer in answers:
             self._check()
-            self.end = answer.end
+            self.end, self.stop = answer.end, answer.stop
             if answer.entry is not None:
                 self._entries.append(answer.entry)
             yield answer
@@ -88,7 +92,11 @@ class Handler(mlx_server.APIHandler):  # type: ignore[name-defined]
 
     @body.setter
     def body(self, value: Any) -> None:
-        self._body = checked(value) if isinstance(value, dict) else value
+        self._body = self.read(value) if isinstance(value, dict) else value
+
+    def read(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A request's body as mlx-lm expects it."""
+        return checked(body)
 
     def validate_model_parameters(self) -> None:
         super().validate_model_parameters()

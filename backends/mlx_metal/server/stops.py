@@ -20,6 +20,8 @@ class StopText:
         self._longest = max(map(len, self._stops), default=0)
         self._held = ""
         self.is_found = False
+        self.found: str | None = None
+        """The stop string that the text was cut at."""
 
     def add(self, piece: str) -> str:
         """Take a piece; returns the text that is certain to be part of the answer."""
@@ -51,5 +53,6 @@ class StopText:
     def _release(self, n: int) -> str:
         text, self._held = self._held[:n], self._held[n:]
         if self.is_found:
+            self.found = next(stop for stop in self._stops if self._held.startswith(stop))
             self._held = ""
         return text
