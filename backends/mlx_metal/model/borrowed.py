@@ -40,7 +40,7 @@ TAKEN: dict[str, dict[str, str]] = {
     "mlx_lm.server": {
         **_COMMAND,
         **_SHARDED,
-        "_run_http_server": "(host, port, response_generator, *, handler_class)",
+        "_run_http_server": "(host, port, response_generator, *, handler_class, server_class)",
         "APIHandler": "(response_generator, ...)",
         "APIHandler._set_completion_headers": "(self, status_code)",
         "APIHandler._validate": "(self, name, expected_type, *, optional)",
@@ -51,6 +51,7 @@ TAKEN: dict[str, dict[str, str]] = {
         "APIHandler.generate_response": "(self, text, finish_reason, *, token_logprobs, "
         "tool_calls, top_tokens)",
         "APIHandler.handle_completion": "(self, request, stop_words)",
+        "APIHandler.handle_models_request": "(self)",
         "APIHandler.requested_draft_model": "",
         "APIHandler.response_generator": "",
         "APIHandler.stream": "",
@@ -63,6 +64,7 @@ TAKEN: dict[str, dict[str, str]] = {
         "GenerationContext": "(*, tool_parser, _should_stop, ...)",
         "GenerationContext.stop": "(self)",
         "LogitsProcessorArguments": "(*, logit_bias, ...)",
+        "make_sampler": "(temp, top_p, min_p, *, top_k, xtc_special_tokens)",
         "LRUPromptCache": "(max_size)",
         "ModelProvider": "(cli_args)",
         "ModelProvider._load": "(self, model_path, ...)",
@@ -83,7 +85,6 @@ TAKEN: dict[str, dict[str, str]] = {
         "ResponseGenerator.prompt_cache": "",
         "ResponseGenerator.stop_and_join": "(self)",
         "SamplingArguments": "(*, top_k, ...)",
-        "scan_cache_dir": "()",
     },
     "mlx_lm.utils": {"_get_classes": "(config)", "load_config": "(model_path)"},
     "mlx_lm.sample_utils": {"make_sampler": "(temp, top_p, min_p, *, top_k)"},
