@@ -35,7 +35,8 @@ NOT_RUN = {
     r"-m scripts\.real_model\b": "downloads a model",
     r"scripts/(bench_gpu|check_gpu|parity_gpu)\.": "is for a GPU",
     r"scripts[./]bench_(decode|fidelity|first_run|prefill)\b": "takes minutes",
-    r"scripts[./](calibrate_tiny|eval_turns|golden_tokens|serve_traffic)\b": "takes minutes",
+    r"scripts[./](calibrate_tiny|eval_turns|golden_tokens)\b": "takes minutes",
+    r"scripts[./](fuzz_server|serve_traffic)\b": "takes minutes",
     r"scripts[./](support_table|talk_mlx|talk_torch|train_tiny|try_everything)\b": "takes minutes",
     r"scripts[./](add_result|summarize_results)\b": "changes files of the project",
 }
@@ -151,7 +152,7 @@ def parse(name: str, module: Any, words: list[str], monkeypatch: pytest.MonkeyPa
     if not hasattr(module, "setup_arg_parser"):
         assert not words, f"{name} takes no flags"
         return
-    if name == "scripts.serve_traffic":
+    if name in ("scripts.serve_traffic", "scripts.fuzz_server"):
         _, words = module.setup_arg_parser().parse_known_args(words)
         parse("xkv.server", importlib.import_module("xkv.server"), words, monkeypatch)
         return

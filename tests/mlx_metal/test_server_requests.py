@@ -11,6 +11,7 @@ from mlx_lm.utils import load_tokenizer
 
 from tests.serving import ANSWER, CHAT, MESSAGES, Server, chat, text_of
 from xkv.backends.mlx_metal.server.errors import RequestError
+from xkv.backends.mlx_metal.server.generator import flat_tokens
 from xkv.errors import InputError
 from xkv.tiny import CHECKPOINT_DIR
 
@@ -145,6 +146,14 @@ def test_top_k_above_the_vocabulary_limits_nothing(server: Server) -> None:
     unlimited = text_of(chat(server, **options))
     assert text_of(chat(server, top_k=10**6, **options)) == unlimited
     assert text_of(chat(server, top_k=1, **options)) == ANSWER
+
+
+def test_xtc_takes_every_special_token(server: Server) -> None:
+    chat(server, temperature=1.0, xtc_probability=1.0)
+    tokens = flat_tokens(lambda temp, xtc_special_tokens: xtc_special_tokens)
+    # as mlx-lm up to 0.31 has it
+    assert tokens(1.0, xtc_special_tokens=[2, [5, 6]]) == [2, 5, 6]
+    assert tokens(1.0, xtc_special_tokens=[5, 6, 2]) == [5, 6, 2]
 
 
 def test_text_prompt_may_come_in_a_list_or_as_tokens(server: Server) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from xkv.cli.flags import add_compression_flags, add_generate_flags, check_flags
+from xkv.cli.server_flags import add_server_flags, check_server_flags
 
 
 def parser_class(
@@ -32,6 +33,8 @@ def parser_class(
             add_compression_flags(self)
             if command == "generate":
                 add_generate_flags(self)
+            if command == "server":
+                add_server_flags(self)
 
         def add_argument(self, *args: Any, **kwargs: Any) -> Any:
             if isinstance(kwargs.get("type"), types.FunctionType):
@@ -47,6 +50,8 @@ def parser_class(
                     action.help = f"{action.help} (default: a question about a long document)"
                     action.default = None
             parsed = super().parse_args(*args, **kwargs)
+            if command == "server":
+                check_server_flags(parsed)
             take(parsed)
             return parsed
 

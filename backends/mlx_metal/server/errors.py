@@ -10,11 +10,12 @@ from xkv.errors import InputError
 MEMORY_PATH = "/xkv/memory"
 MESSAGES_PATH = "/v1/messages"
 COUNT_PATH = "/v1/messages/count_tokens"
+MODELS_PATH = "/v1/models"
 
 _MESSAGES = {
     HTTPStatus.BAD_REQUEST: "the request must be a JSON object",
     HTTPStatus.NOT_FOUND: "no such path; there are /v1/chat/completions, /v1/completions, "
-    f"{MESSAGES_PATH}, {COUNT_PATH}, /v1/models, /health and {MEMORY_PATH}",
+    f"{MESSAGES_PATH}, {COUNT_PATH}, {MODELS_PATH}, /health and {MEMORY_PATH}",
     HTTPStatus.LENGTH_REQUIRED: "the request has no Content-Length",
 }
 
@@ -31,6 +32,8 @@ class RequestError(Exception):
     def __init__(self, status: int, message: str, code: str | None = None) -> None:
         super().__init__(message)
         self.status = status
+        self.headers: dict[str, str] = {}
+        """Of the answer."""
         kind = "invalid_request_error" if status < 500 else "server_error"
         self.body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +17,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
-from huggingface_hub import CacheNotFound
 from mlx.utils import tree_flatten
 
 from xkv.backends.mlx_metal.cli.commands import Command, run
@@ -26,8 +26,11 @@ from xkv.backends.mlx_metal.model.enabled import enabled_state, native_caches
 from xkv.backends.mlx_metal.server.answers import Answers
 from xkv.backends.mlx_metal.server.budget import PromptCache, RequestBytes
 from xkv.backends.mlx_metal.server.errors import RequestError, error_text
+from xkv.backends.mlx_metal.server.guard import AllowedModels
+from xkv.backends.mlx_metal.server.listening import is_loopback, server_class
 from xkv.backends.mlx_metal.server.messages import CountRequest, MessagesHandler, PromptCount
 from xkv.backends.mlx_metal.server.request import malformed_calls, wrap_arguments
+from xkv.cli.server_flags import API_KEY
 from xkv.errors import InputError
 
 mlx_server = borrowed.module("mlx_lm.server")
@@ -55,7 +58,7 @@ class Server(Command):
             "ModelProvider": lambda args: Models(args, self),
             "ResponseGenerator": Generator,
             "_run_http_server": _serving(module._run_http_server),
-            "scan_cache_dir": _scanning(module.scan_cache_dir),
+            "make_sampler": flat_tokens(module.make_sampler),
         }
 
 
@@ -65,7 +68,18 @@ def _serving(original: Callable[..., None]) -> Callable[..., None]:
     def _run_http_server(host: str, port: int, generator: Generator) -> None:
         try:
             generator.wait_until_loaded()
-            original(host, port, generator, handler_class=MessagesHandler)
+            args = generator.cli_args
+            if args.api_key is None and not is_loopback(host):
+                print(
+                    f"Warning: whoever reaches {host}:{port} may ask this server: give it an "
+                    f"--api-key, or {API_KEY}",
+                    file=sys.stderr,
+                )
+            classes = {
+                "server_class": server_class(args.max_connections),
+                "handler_class": MessagesHandler,
+            }
+            original(host, port, generator, **classes)
         except OSError as error:
             raise InputError(
                 f"cannot listen on {host}:{port}: {error}; try another --port"
@@ -76,16 +90,14 @@ def _serving(original: Callable[..., None]) -> Callable[..., None]:
     return _run_http_server
 
 
-def _scanning(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``scan_cache_dir``, where there may be no cache: mlx-lm would drop the connection."""
+def flat_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``make_sampler`` that takes lists among XTC's tokens, as mlx-lm up to 0.31 gives them."""
 
-    def scan_cache_dir() -> Any:
-        try:
-            return original()
-        except CacheNotFound:
-            return SimpleNamespace(repos=[])
+    def make_sampler(*args: Any, xtc_special_tokens: Sequence[Any], **kwargs: Any) -> Any:
+        lists = (x if isinstance(x, list) else [x] for x in xtc_special_tokens)
+        return original(*args, xtc_special_tokens=[x for y in lists for x in y], **kwargs)
 
-    return scan_cache_dir
+    return make_sampler
 
 
 class Models(mlx_server.ModelProvider):  # type: ignore[name-defined]
@@ -120,7 +132,12 @@ class Generator(mlx_server.ResponseGenerator):  # type: ignore[name-defined]
         self._load_error: Exception | None = None
         self._vocabulary: tuple[Any, int] = None, 0
         """Size by the key of the models."""
+        self.allowed = AllowedModels.of(model_provider.cli_args)
         super().__init__(model_provider, prompt_cache)
+
+    def generate(self, request: Any, generation_args: Any, *args: Any) -> Any:
+        models = self.allowed.chosen(generation_args.model)
+        return super().generate(request, replace(generation_args, model=models), *args)
 
     def wait_until_loaded(self) -> None:
         """Wait for the model of the command line.

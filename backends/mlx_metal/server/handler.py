@@ -5,15 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import select
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+from urllib.parse import unquote
 
 from xkv.backends.mlx_metal.model import borrowed
 from xkv.backends.mlx_metal.server.answers import Answer
-from xkv.backends.mlx_metal.server.errors import MEMORY_PATH, ClientGone, RequestError
+from xkv.backends.mlx_metal.server.errors import (
+    MEMORY_PATH,
+    MODELS_PATH,
+    ClientGone,
+    RequestError,
+)
+from xkv.backends.mlx_metal.server.listening import GuardedRequests
 from xkv.backends.mlx_metal.server.request import checked
 
 mlx_server = borrowed.module("mlx_lm.server")
@@ -61,12 +67,12 @@ class _Client:
         return taken
 
     def _check(self) -> None:
-        is_readable = select.select([self._connection], [], [], 0)[0]
-        if is_readable and not self._connection.recv(1, socket.MSG_PEEK):
-            raise ClientGone("the client is gone")
+        with contextlib.suppress(BlockingIOError):
+            if not self._connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                raise ClientGone("the client is gone")
 
 
-class Handler(mlx_server.APIHandler):  # type: ignore[name-defined]
+class Handler(GuardedRequests, mlx_server.APIHandler):  # type: ignore[name-defined]
     """mlx-lm's requests; errors are answered in OpenAI's form."""
 
     temperature: float
@@ -78,11 +84,29 @@ class Handler(mlx_server.APIHandler):  # type: ignore[name-defined]
         client: Any = _Client(generator, request)
         super().__init__(client, request, *args, **kwargs)
 
+    def refuse(self, error: RequestError) -> None:
+        with self._answering_errors(error.status):
+            raise error
+
+    def handle_models_request(self) -> None:
+        generator: Any = self.response_generator
+        entries = {
+            name: {"id": name, "object": "model", "created": self.created}
+            for name in generator.allowed.names()
+        }
+        path = self.path.partition("?")[0].removeprefix(MODELS_PATH)
+        if path in ("", "/"):
+            self._answer(200, {"object": "list", "data": list(entries.values())})
+        elif path[0] != "/":
+            raise RequestError.of(None, 404)
+        elif unquote(path[1:]) not in entries:
+            raise RequestError(404, "the server has no such model", "model_not_found")
+        else:
+            self._answer(200, entries[unquote(path[1:])])
+
     def do_POST(self) -> None:
         # whatever stops mlx-lm before it generates is in the request
         with self._answering_errors(400):
-            if self.headers.get("Content-Length", "").startswith("-"):
-                raise RequestError(400, "the Content-Length is negative")
             super().do_POST()
 
     @property
@@ -159,7 +183,7 @@ class Handler(mlx_server.APIHandler):  # type: ignore[name-defined]
         except Exception as raised:
             error = RequestError.of(raised, status)
             log = logging.error if error.status >= 500 else logging.info
-            log(f"{self.path}: {error}", exc_info=raised if error.status >= 500 else None)
+            log(f"{self.path!r}: {error}", exc_info=raised if error.status >= 500 else None)
             with contextlib.suppress(ConnectionError):
                 self._answer_error(error)
 
@@ -167,13 +191,18 @@ class Handler(mlx_server.APIHandler):  # type: ignore[name-defined]
         if not self._has_begun:
             # a status that mlx-lm has prepared but not sent
             self._headers_buffer: list[bytes] = []
-            self._answer(error.status, error.body)
+            self._answer(error.status, error.body, error.headers)
         elif getattr(self, "stream", False):
             self.wfile.write(f"data: {json.dumps(error.body)}\n\n".encode())
 
-    def _answer(self, status: int, content: dict[str, Any]) -> None:
+    def _answer(
+        self, status: int, content: dict[str, Any], headers: Mapping[str, str] | None = None
+    ) -> None:
         body = json.dumps(content).encode()
         super()._set_completion_headers(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
-        self.wfile.write(body)
+        if self.command != "HEAD":
+            self.wfile.write(body)

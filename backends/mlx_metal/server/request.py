@@ -28,6 +28,20 @@ _INTEGERS = (
     "presence_context_size",
     "frequency_context_size",
 )
+_TOKENIZER_OPTIONS = (
+    "chat_template",
+    "conversation",
+    "max_length",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "tokenizer_kwargs",
+    "truncation",
+)
+"""What ``apply_chat_template`` takes beside a template's variables: a template that runs for ever,
+padding to any length."""
 _LARGEST = 2**31 - 1
 _LARGEST_BIAS = 100
 _LARGEST_XTC_THRESHOLD = 0.5
@@ -66,6 +80,7 @@ def checked(body: dict[str, Any]) -> dict[str, Any]:
         ("prompt", _prompt),
         ("messages", _messages),
         ("tools", _tools),
+        ("chat_template_kwargs", _template_variables),
     ):
         if name in given:
             given[name] = read(given[name])
@@ -164,6 +179,36 @@ def _messages(value: Any) -> list[dict[str, Any]]:
     is_list = isinstance(value, list) and value and all(isinstance(x, dict) for x in value)
     if not is_list or not all(isinstance(x.get("role"), str) for x in value):
         raise _error("messages must be a list of objects, each with a role")
+    for message in value:
+        parts = message.get("content")
+        if isinstance(parts, list) and any(map(_is_fetched, parts)):
+            raise _error("an image must be a data: URL: the server fetches nothing")
+        calls = message.get("tool_calls") or []
+        if not isinstance(calls, list) or not all(map(_is_call, calls)):
+            raise _error("tool_calls must be a list of objects, each with a function")
+    return value
+
+
+def _is_call(call: Any) -> bool:
+    return isinstance(call, dict) and isinstance(call.get("function") or {}, dict)
+
+
+def _is_fetched(part: Any) -> bool:
+    """Whether mlx-lm would ask another server for a part of a message."""
+    url = None
+    if isinstance(part, dict):
+        url = part.get("image_url", part.get("image"))
+    if isinstance(url, dict):
+        url = url.get("url")
+    return url is not None and not (isinstance(url, str) and url.startswith("data:"))
+
+
+def _template_variables(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _error("chat_template_kwargs must be an object: a chat template's variables")
+    for name in _TOKENIZER_OPTIONS:
+        if name in value:
+            raise _error(f"chat_template_kwargs must not have {name}: it is no template's variable")
     return value
 
 

@@ -1,0 +1,49 @@
+"""The server's own flags."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from xkv.cli.server_flags import API_KEY, add_server_flags, check_server_flags
+from xkv.errors import InputError
+
+
+def parsed(*flags: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_server_flags(parser)
+    args = parser.parse_args(flags)
+    check_server_flags(args)
+    return args
+
+
+def test_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(API_KEY, raising=False)
+    assert parsed().api_key is None
+    monkeypatch.setenv(API_KEY, "theirs")
+    assert parsed().api_key == "theirs"
+    assert parsed("--api-key", "mine").api_key == "mine"
+    # as of a variable that is not set: nobody is let in by mistake
+    monkeypatch.setenv(API_KEY, "")
+    with pytest.raises(InputError, match="the API key must be printable ASCII"):
+        parsed()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--api-key", "a b"],
+        ["--api-key", "clé"],
+        ["--api-key", " a"],
+        ["--api-key", "a\n"],
+        ["--max-body-bytes", "0"],
+        ["--max-connections", "0"],
+        ["--request-timeout", "0"],
+        ["--request-timeout", "nan"],
+        ["--request-timeout", "inf"],
+    ],
+)
+def test_flags_that_guard_nothing_are_refused(flags: list[str]) -> None:
+    with pytest.raises(InputError, match=" must be "):
+        parsed(*flags)
