@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,16 @@ from tqdm import tqdm
 
 from xkv.cli.first_use import calibrate_at_first_use
 from xkv.cli.flags import add_calibration_flag, add_grouping_flag
+from xkv.cli.record import make_record, typed_command
 from xkv.cli.terminal import user_errors
 from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.evaluation import kl
+from xkv.evaluation.hits import run as hits
+from xkv.evaluation.hits.run import HITS, Hits
 from xkv.evaluation.kl import KL, Divergence, read_texts
 from xkv.evaluation.prefills import Prefills, checkpoint_code, dtype_name
-from xkv.evaluation.report import report_divergence, report_scores
+from xkv.evaluation.report import report_divergence, report_hits, report_scores
 from xkv.evaluation.run import Evaluation, Setting, make_settings
 from xkv.evaluation.store import Store
 from xkv.evaluation.tasks import TASKS, MakeSample
@@ -55,6 +59,9 @@ QUICK = {
 }
 RATIOS = (2.0, 4.0, 8.0, 16.0)
 CONTINUATION_TOKENS = 256
+Part = Evaluation | Divergence | Hits
+OTHER_TASKS = KL, HITS
+"""Tasks that are no questions about a document alone."""
 TEXT_TASKS = {PERPLEXITY, "qa"}
 """Tasks over one text of the user's own."""
 
@@ -79,19 +86,21 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     add("--model", "model directory or Hugging Face repository; the bundled model if left out")
     add("--backend", "framework", "mlx", choices=["mlx", "torch"])
     names = ", ".join(TASKS)
-    add("--tasks", f"any of {names}; or {KL}", list(TASKS), nargs="+", metavar="TASK")
+    add("--tasks", f"any of {names}; or {KL} or {HITS}", list(TASKS), nargs="+", metavar="TASK")
     add("--lengths", "tokens of the documents", [1024, 2048, 4096, 8192], nargs="+", type=int)
     add(
         "--methods",
         "methods beside the full cache, with options as in xkv:group_size=2,attention=exact "
-        f"(default: {' '.join(METHODS)}; for {KL}: {' '.join(kl.METHODS)})",
+        f"(default: {' '.join(METHODS)}; for {KL}: {' '.join(kl.METHODS)}; "
+        f"for {HITS}: {' '.join(hits.METHODS)})",
         nargs="+",
         metavar="METHOD",
     )
     add(
         "--ratios",
         "dense bytes to bytes held, for methods whose size is free "
-        f"(default: {_shown(RATIOS)}; for {KL}: {_shown(kl.RATIOS)})",
+        f"(default: {_shown(RATIOS)}; for {KL}: {_shown(kl.RATIOS)}; "
+        f"for {HITS}: {_shown(hits.RATIOS)})",
         nargs="+",
         type=float,
         metavar="RATIO",
@@ -134,6 +143,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name, value in QUICK.items():
             if getattr(args, name) == parser.get_default(name):
                 setattr(args, name, value)
+    args.command = typed_command(parser.prog, argv)
     with user_errors():
         evaluate(args)
 
@@ -163,10 +173,13 @@ def evaluate(args: argparse.Namespace) -> None:
     def settings(methods: Sequence[str], ratios: Sequence[float]) -> list[Setting]:
         return make_settings(args.methods or methods, args.ratios or ratios, grouping)
 
-    parts: list[Evaluation | Divergence] = []
+    parts: list[Part] = []
     if tasks:
         chosen = settings(METHODS, RATIOS)
         parts.append(Evaluation(model, tasks, args.lengths, chosen, args.samples, args.seed))
+    if HITS in args.tasks:
+        chosen = settings(hits.METHODS, hits.RATIOS)
+        parts.append(Hits(model, args.lengths, chosen, args.samples, args.seed))
     if KL in args.tasks:
         parts.append(_divergence(args, model, settings(kl.METHODS, kl.RATIOS)))
     run = {
@@ -183,9 +196,19 @@ def evaluate(args: argparse.Namespace) -> None:
     folder = Path(args.out)
     with Store(args.out, run) as store:
         _run(parts, store, args.out)
-        written = report_scores(store, folder) if tasks else []
+        about = {"kv_dtype": run["kv_dtype"], "dtype": dtype_name(model.dtype)}
+        record = partial(
+            make_record,
+            command=args.command,
+            model=run["model"],
+            backend=args.backend,
+            settings=about,
+        )
+        written = report_scores(store, folder, record) if tasks else []
+        if HITS in args.tasks:
+            written += report_hits(store, folder, record)
         if KL in args.tasks:
-            written += report_divergence(store, folder, args.continuation, model)
+            written += report_divergence(store, folder, args.continuation, model, record)
     if written:
         seconds = time.perf_counter() - began
         print(f"{args.out}: results.jsonl, {', '.join(written)}; {seconds:.0f} s", file=sys.stderr)
@@ -200,7 +223,7 @@ def _divergence(
     return Divergence(model, texts, args.lengths, settings, args.continuation, prefills)
 
 
-def _run(parts: Sequence[Evaluation | Divergence], store: Store, out: str) -> None:
+def _run(parts: Sequence[Part], store: Store, out: str) -> None:
     """All that is not done yet, under one bar."""
     with tqdm(total=sum(x.n_answers for x in parts), unit="answer", file=sys.stderr) as bar:
 
@@ -220,17 +243,18 @@ def _run(parts: Sequence[Evaluation | Divergence], store: Store, out: str) -> No
 
 
 def choose_tasks(args: argparse.Namespace) -> dict[str, MakeSample]:
-    """The tasks asked for but ``kl``, over the user's text where one is given.
+    """The tasks asked for but ``hits`` and ``kl``, over the user's text where one is given.
 
     Raises:
         InputError: If a task is unknown or a file is missing.
     """
-    unknown = [name for name in args.tasks if name not in (*TASKS, KL)]
+    known = *TASKS, *OTHER_TASKS
+    unknown = [name for name in args.tasks if name not in known]
     if unknown:
-        raise InputError(f"there is no task {unknown[0]!r}; tasks: {', '.join((*TASKS, KL))}")
+        raise InputError(f"there is no task {unknown[0]!r}; tasks: {', '.join(known)}")
     if KL in args.tasks and not args.text:
         raise InputError("the task kl continues texts of your own: give --text FILE")
-    tasks = {name: TASKS[name] for name in dict.fromkeys(args.tasks) if name != KL}
+    tasks = {name: TASKS[name] for name in dict.fromkeys(args.tasks) if name in TASKS}
     for name in TEXT_TASKS & set(tasks):
         if args.text and len(args.text) > 1:
             raise InputError(

@@ -185,7 +185,7 @@ def test_other_tasks_go_on_beside_it(text_file, tmp_path, capsys):
     flags = ["--tasks", "needle", "ppl", KL, "--samples", "1", "--methods", "quantized:bits=4"]
     command("--text", text_file, "--out", str(out), "--lengths", "150", *flags)
     printed = capsys.readouterr()
-    assert "summary.md, summary.csv, summary.png, kl.md, kl.csv, kl.png" in printed.err
+    assert ", summary.png, tasks.json, kl.md, kl.csv, kl.png, kl.json" in printed.err
     assert {x["task"] for x in csv.DictReader((out / "summary.csv").open())} == {"needle", "ppl"}
     assert len(list(csv.DictReader((out / "kl.csv").open()))) == 2
 
@@ -193,7 +193,7 @@ def test_other_tasks_go_on_beside_it(text_file, tmp_path, capsys):
 def test_no_plot_where_nothing_has_a_score(tmp_path, capsys):
     flags = ["--tasks", "ppl", "--samples", "1", "--methods", "quantized:bits=4"]
     command("--out", str(tmp_path), *flags)
-    assert "results.jsonl, summary.md, summary.csv; " in capsys.readouterr().err
+    assert "results.jsonl, summary.md, summary.csv, tasks.json; " in capsys.readouterr().err
 
 
 def test_default_methods_are_known():
@@ -213,7 +213,7 @@ def test_default_methods_are_known():
         (["--text", "FILE", "--continuation", "1"], "--continuation 1 must be at least 2"),
         (["--text", "FILE", "FILE", "--tasks", "kl", "ppl"], "--text names 2 files, and ppl takes"),
         (["--text", "FILE", "--prefills", "/proc/no"], "cannot write to /proc/no"),
-        (["--text", "FILE", "--tasks", "riddles"], "tasks: needle, multikey, .*ppl, kl"),
+        (["--text", "FILE", "--tasks", "riddles"], "tasks: single, needle, .*ppl, kl, hits"),
     ],
 )
 def test_mistakes_are_one_sentence(flags, sentence, text_file, tmp_path, capsys):

@@ -36,6 +36,18 @@ def test_summary_counts_what_the_full_cache_can_do():
     assert float(table[2]["score"]) == 0.5 and float(table[2]["held_ratio"]) == 2
 
 
+def test_summary_says_what_the_full_cache_cannot_do():
+    lines = [
+        make_line(task, method, None, scores)
+        for task, scores in (("needle", [1, 1]), ("qa", [0.5, 0.5]), ("variables", [0.5, 0.4]))
+        for method in ("full", "quantized")
+    ]
+    text = markdown(collect(lines))
+    assert "right in less than 90%: qa, variables.\n" in text
+    assert "In no claim, as the full cache cannot do them: variables.\n" in text
+    assert "In no claim" not in markdown(collect(lines[:4]))
+
+
 def test_interval_is_wilsons():
     cell = Cell("needle", 1000, "xkv", 4.0, scores=[1.0] * 81 + [0.0] * 182)
     # Newcombe, Statistics in Medicine 17 (1998), table I: 81 of 263

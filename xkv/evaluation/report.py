@@ -6,17 +6,25 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from xkv.cli.record import MakeRecord, rows_from_csv, write_record
 from xkv.errors import InputError
 from xkv.evaluation import kl_summary, summary
 from xkv.evaluation.figure import plot, plot_divergence
+from xkv.evaluation.hits import summary as hits_summary
+from xkv.evaluation.hits.run import HITS
 from xkv.evaluation.kl import KL
 from xkv.evaluation.prefills import dtype_name
 from xkv.evaluation.store import Store
 from xkv.planning.language_model import LanguageModel
 
 
-def report_scores(store: Store, folder: Path) -> list[str]:
-    """Write and print the results of all tasks but ``kl``.
+def report_scores(store: Store, folder: Path, record: MakeRecord) -> list[str]:
+    """Write and print the results of all tasks but ``kl`` and ``hits``.
+
+    Args:
+        store: With the results.
+        folder: To write to.
+        record: Makes a record of rows.
 
     Returns:
         Names of the files.
@@ -24,14 +32,20 @@ def report_scores(store: Store, folder: Path) -> list[str]:
     Raises:
         InputError: If the folder cannot be written.
     """
-    cells = summary.collect(line for line in store.results() if line["task"] != KL)
+    cells = summary.collect(line for line in store.results() if line["task"] not in (KL, HITS))
     if not cells:
         return []
     draw = (lambda path: plot(cells, path)) if any(cell.scores for cell in cells) else None
-    return _write(folder, "summary", summary.markdown(cells), summary.csv_text(cells), draw)
+    table = summary.csv_text(cells)
+    return [
+        *_write(folder, "summary", summary.markdown(cells), table, draw),
+        _keep(folder, "tasks", table, record),
+    ]
 
 
-def report_divergence(store: Store, folder: Path, n_next: int, model: LanguageModel) -> list[str]:
+def report_divergence(
+    store: Store, folder: Path, n_next: int, model: LanguageModel, record: MakeRecord
+) -> list[str]:
     """Write and print the results of ``kl`` over this many next tokens.
 
     Args:
@@ -39,6 +53,7 @@ def report_divergence(store: Store, folder: Path, n_next: int, model: LanguageMo
         folder: To write to.
         n_next: Tokens whose next-token distributions were compared.
         model: Whose dtypes are told.
+        record: Makes a record of rows.
 
     Returns:
         Names of the files.
@@ -53,7 +68,37 @@ def report_divergence(store: Store, folder: Path, n_next: int, model: LanguageMo
     text, table = kl_summary.markdown(rows, n_next, *dtypes), kl_summary.csv_text(rows, n_next)
     has_numbers = any(row.problem is None for row in rows)
     draw = (lambda path: plot_divergence(rows, path)) if has_numbers else None
-    return _write(folder, KL, text, table, draw)
+    return [*_write(folder, KL, text, table, draw), _keep(folder, KL, table, record)]
+
+
+def report_hits(store: Store, folder: Path, record: MakeRecord) -> list[str]:
+    """Write and print the results of ``hits``.
+
+    Args:
+        store: With the results.
+        folder: To write to.
+        record: Makes a record of rows.
+
+    Returns:
+        Names of the files.
+
+    Raises:
+        InputError: If the folder cannot be written.
+    """
+    rows = hits_summary.rows_of(store.results())
+    if not rows:
+        return []
+    table = hits_summary.csv_text(rows)
+    return [
+        *_write(folder, HITS, hits_summary.markdown(rows), table, None),
+        _keep(folder, HITS, table, record),
+    ]
+
+
+def _keep(folder: Path, kind: str, table: str, record: MakeRecord) -> str:
+    """Write the record of a table, and return its name."""
+    write_record(folder / f"{kind}.json", record(kind, rows_from_csv(kind, table)))
+    return f"{kind}.json"
 
 
 def _write(

@@ -13,6 +13,8 @@ from xkv.evaluation.methods import parse_method
 
 CAN_DO = 0.9
 """A task counts in the mean where the full cache's score is at least this."""
+CANNOT_DO = 0.5
+"""Below this a task tells nothing of the methods."""
 
 Z = 1.96
 """Normal quantile of a two-sided 95 % interval."""
@@ -195,6 +197,10 @@ def _accuracy_table(rows: Sequence[Row]) -> str:
             f"\\* left out of the mean, as the full cache is right in less than {CAN_DO:.0%}: "
             f"{', '.join(left)}.\n"
         )
+    full = {task: cell.score for task, cell in rows[0].cells.items() if cell.scores}
+    cannot = [task for task in left if full.get(task, 1) < CANNOT_DO]
+    if cannot:
+        text += f"In no claim, as the full cache cannot do them: {', '.join(cannot)}.\n"
     problems = {f"{row.name}: {c.problem}" for row in rows for c in row.cells.values() if c.problem}
     return text + "".join(f"\n– {problem}\n" for problem in sorted(problems))
 
@@ -243,16 +249,18 @@ def csv_text(cells: Sequence[Cell]) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     names = ["task", "length", "method", "ratio", "held_ratio", "n", "score", "low", "high"]
-    writer.writerow([*names, "perplexity", "kl"])
+    writer.writerow([*names, "perplexity", "kl", "problem"])
     for cell in cells:
         ratio = "" if cell.ratio is None else f"{cell.ratio:g}"
         start = [cell.task, cell.length, cell.method, ratio]
         if cell.nll:
             measured = ["", "", "", f"{cell.perplexity:.5f}", f"{cell.divergence:.6f}"]
-            writer.writerow([*start, f"{cell.held_ratio:.3f}", len(cell.nll), *measured])
+            writer.writerow([*start, f"{cell.held_ratio:.3f}", len(cell.nll), *measured, ""])
         elif cell.scores:
             values = [f"{x:.5f}" for x in (cell.score, *cell.interval)]
-            writer.writerow([*start, f"{cell.held_ratio:.3f}", len(cell.scores), *values, "", ""])
+            writer.writerow(
+                [*start, f"{cell.held_ratio:.3f}", len(cell.scores), *values, *[""] * 3]
+            )
         else:
-            writer.writerow([*start, "", 0, *[""] * 5])
+            writer.writerow([*start, "", 0, *[""] * 5, cell.problem])
     return out.getvalue()

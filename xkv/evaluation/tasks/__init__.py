@@ -18,6 +18,7 @@ from xkv.evaluation.tasks import (
     needle,
     perplexity,
     qa,
+    single,
     variables,
 )
 from xkv.evaluation.tasks.sample import Count, Question, Sample
@@ -26,6 +27,7 @@ MakeSample = Callable[[int, int, Count], Sample]
 """``make(seed, n_tokens, count)``: the same arguments give the same sample."""
 
 TASKS: dict[str, MakeSample] = {
+    "single": single.make,
     "needle": needle.make,
     "multikey": multikey.make,
     "multivalue": multivalue.make,
