@@ -104,14 +104,20 @@ def test_images_are_not_fetched(server: Server, kind: str, is_object: bool) -> N
 
 
 @pytest.mark.parametrize(
-    "given",
+    ("name", "value"),
     [
-        {"chat_template": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"},
-        {"padding": "max_length", "max_length": 10**9},
-        {"tokenize": False},
+        ("chat_template", "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}"),
+        ("padding", "max_length"),
+        ("max_length", 10**9),
+        ("tokenize", False),
+        ("return_dict", True),
+        ("tokenizer_kwargs", {}),
     ],
 )
-def test_template_variables_are_no_options(server: Server, given: dict[str, Any]) -> None:
-    status, answer = server.request(CHAT, {"messages": MESSAGES, "chat_template_kwargs": given})
+def test_template_variables_are_no_options(server: Server, name: str, value: Any) -> None:
+    body = {"messages": MESSAGES, "chat_template_kwargs": {name: value}}
+    status, answer = server.request(CHAT, body)
     assert status == 400
-    assert "it is no template's variable" in message_of(answer)
+    assert message_of(answer) == (
+        f"chat_template_kwargs must not have {name}: it is no template's variable"
+    )

@@ -194,6 +194,13 @@ def history(arguments: Any) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.parametrize("calls", [5, "x", [5], ["x"], [[]], [{"function": 5}], {"function": {}}])
+def test_calls_that_are_no_objects_are_refused(server: Server, calls: Any) -> None:
+    messages = [*MESSAGES, {"role": "assistant", "content": "", "tool_calls": calls}, *MESSAGES]
+    message = refusal(server, CHAT, {"messages": messages})
+    assert message == "tool_calls must be a list of objects, each with a function"
+
+
 ARGUMENTS = ['{"a": 2', "", " ", "a=2", "[" * 1500, '"text"', "5", None, '{"a": 2}', {"a": 2}]
 
 
