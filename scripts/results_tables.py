@@ -242,7 +242,7 @@ def first_run(record: Record) -> list[str]:
         shown = {"best": f"{min(times):.1f}", "all": ", ".join(f"{x:.1f}" for x in times)}
         line = {"command": command, "openblas": openblas, "problem": why}
         lines.append({**line, **(shown if times else {})})
-    about = {"command": lambda row: f"`{plain(row['command'])}`", "OpenBLAS": of("openblas")}
+    about = {"command": of("command"), "OpenBLAS": of("openblas")}
     columns = {"seconds, best run": of("best", str), "all runs": of("all", str)}
     return [grid(lines, about, columns)]
 
