@@ -55,7 +55,7 @@ SHOWN = {
     "decode": "| 8,192 | full | 1.07 | 4.3 | 96 | 16.1 |",
     "prefill": "| 600 | xKV | 3.0 | 2.0 | 1.5 | 1.2 | 2.0 | – |",
     "fidelity": "| knee | 512 | xKV at 4x | 4.10 x | 0.0123 | 0.200 | 3.0 |",
-    "first_run": "| `python -m xkv.generate` | no | 8.2 | 9.5, 8.2 |",
+    "first_run": "| python -m xkv.generate | no | 8.2 | 9.5, 8.2 |",
     "doctor": "| attention | one layer | – | 8,192 | – | – | – | needs 80 GB |",
 }
 """A line of each kind's table."""
