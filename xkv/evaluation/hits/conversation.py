@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import Random
 
 from xkv.evaluation.tasks import needle
-from xkv.evaluation.tasks.haystack import draw_names, draw_number, hide
+from xkv.evaluation.tasks.haystack import draw_names, draw_number, draw_words, hide
 from xkv.evaluation.tasks.sample import Count, Question
 
 N_LATER, LATER_TOKENS = 3, 170
@@ -68,7 +68,7 @@ class Talk:
 def make(seed: int, n_tokens: int, count: Count) -> Talk:
     """Draw a conversation over a document that states one number.
 
-    ``needle`` asks for it, ``recall`` for one that an earlier reply said. ``tool_call`` is given
+    ``needle`` asks for it, ``recall`` for a word that an earlier reply said. ``tool_call`` is given
     a call up to the value of its argument, the number again; it has to write that and close the
     call. Small models do no more, and the bundled one, which has seen no JSON, does not close it
     either: ``tool_value`` is the same answer with the call closed for it.
@@ -78,7 +78,7 @@ def make(seed: int, n_tokens: int, count: Count) -> Talk:
     random = Random(f"hits {seed} {n_tokens}")
     name, speaker = draw_names(random, 2)
     fact, wrong = (("number", name, draw_number(random)) for _ in range(2))
-    said, unsaid = (("number", speaker, draw_number(random)) for _ in range(2))
+    said, unsaid = (("word", speaker, draw_words(random)) for _ in range(2))
     context = hide(random, [needle.state(*fact)], n_tokens, count, needle.INTRO)
     text = hide(random, [needle.state(*x) for x in (wrong, unsaid)], EDITED_TOKENS, count)
     later = tuple((hide(random, [], LATER_TOKENS, count), "Noted.") for _ in range(N_LATER))
