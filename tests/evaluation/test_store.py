@@ -38,6 +38,7 @@ def test_killed_process_resumes(tmp_path):
         "summary.csv",
         "summary.md",
         "summary.png",
+        "tasks.json",
     }
 
 
