@@ -8,7 +8,7 @@ import sys
 COMMANDS = {
     "generate": "answer a prompt out of a compressed cache",
     "chat": "talk to a model",
-    "server": "serve the OpenAI API",
+    "server": "serve the APIs of OpenAI and Anthropic",
     "cache_prompt": "process a long prompt once and keep its cache in a file",
     "evaluate": "score compressed caches on long-context tasks",
     "calibrate": "find the layers that are alike, and keep it as a model's profile",
