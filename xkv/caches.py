@@ -11,7 +11,7 @@ from xkv.planning.report import Report
 
 
 def enable(model: Any, config: XKVConfig | None = None, **options: Any) -> Report:
-    """Give a model of ``mlx_lm.load`` compressed prompt caches, until :func:`disable`.
+    """Give a model of ``mlx_lm.load`` or mlx-vlm compressed caches, until :func:`disable`.
 
     From then on every function of mlx-lm that makes a prompt cache for the model gets ours, and
     ``generate``, ``stream_generate`` and ``generate_step`` take prompts through the model layer by
@@ -19,7 +19,7 @@ def enable(model: Any, config: XKVConfig | None = None, **options: Any) -> Repor
     theirs.
 
     Args:
-        model: From ``mlx_lm.load``.
+        model: From ``mlx_lm.load``; from ``mlx_vlm.load``, or the language model of one.
         config: How to compress; instead of it, keyword arguments of :class:`xkv.XKVConfig`.
 
     Returns:

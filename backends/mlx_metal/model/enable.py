@@ -17,6 +17,8 @@ from xkv.backends.mlx_metal.model.enabled import (
 )
 from xkv.backends.mlx_metal.model.generation import patch_for
 from xkv.backends.mlx_metal.model.identity import model_fingerprint, model_name
+from xkv.backends.mlx_metal.model.vlm import is_vlm, text_model
+from xkv.backends.mlx_metal.model.vlm_generation import patch_for_vlm
 from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.planning.basis_file import find_basis
@@ -30,10 +32,11 @@ def enable(
     model: nn.Module, config: XKVConfig | None = None, *, backend: MLXBackend | None = None
 ) -> Report:
     """Give a model compressed prompt caches; see :func:`xkv.enable`."""
+    model = text_model(model)
     if enabled_state(model) is not None:
         disable(model)
     enabled = Enabled(model, config or XKVConfig(), backend or MLXBackend())
-    enabled.unpatch = patch_for(enabled)
+    enabled.unpatch = (patch_for_vlm if is_vlm(model) else patch_for)(enabled)
     report = enabled.plan.report()
     for sentence in report.warnings():
         _log.warning(sentence)
@@ -42,7 +45,7 @@ def enable(
 
 def disable(model: nn.Module) -> None:
     """Give an enabled model its own cache back; see :func:`xkv.disable`."""
-    enabled = enabled_state(model)
+    enabled = enabled_state(text_model(model))
     if enabled is None:
         raise InputError("this model is not enabled")
     enabled.remove()
@@ -62,7 +65,7 @@ def make_prompt_cache(
     :func:`xkv.backends.mlx_metal.attention_seam`) the cache is right, but slower.
 
     Args:
-        model: From ``mlx_lm.load``.
+        model: From ``mlx_lm.load``, or of mlx-vlm.
         config: Defaults to a compression of 4.
         backend: Defaults to a new one.
         on_progress: Called with (factorizations done, factorizations in all) after each.
@@ -75,6 +78,7 @@ def make_prompt_cache(
     Raises:
         InputError: If no layer can be compressed, or a rotary embedding is not known, by name.
     """
+    model = text_model(model)
     plan, backend = plan_cache(model, config or XKVConfig()), backend or MLXBackend()
     basis = find_basis(model_fingerprint(model), plan.groups, plan.config, backend)
     return planned_caches(model, plan, plan.lowrank_cache(backend, on_progress, basis))

@@ -1,4 +1,4 @@
-"""Telling mlx-lm's models apart."""
+"""Telling mlx-lm's and mlx-vlm's models apart."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from xkv.cache.fingerprint import N_VALUES, fingerprint, sampled, stride
 
 
 def model_name(model: nn.Module) -> str:
-    """The model file's name, which is the ``model_type`` for most."""
-    return type(model).__module__.rsplit(".", 1)[-1]
+    """The model file's name, mlx-vlm's folder's, which is the ``model_type`` for most."""
+    names = type(model).__module__.split(".")
+    return names[-2] if names[0] == "mlx_vlm" else names[-1]
 
 
 def model_fingerprint(model: nn.Module) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from xkv.backends.mlx_metal.model import borrowed
+from xkv.backends.mlx_metal.model import borrowed, vlm
 from xkv.backends.mlx_metal.model.float32 import held_dtype
+from xkv.backends.mlx_metal.model.identity import model_name
 from xkv.backends.mlx_metal.model.prefill import (
     CannotChunk,
     LayerwisePrefill,
@@ -164,7 +165,7 @@ def probe_model(model: nn.Module, layers: LayerwisePrefill) -> ModelProbe:
     """Run a model lazily over a few tokens and note what happens.
 
     Args:
-        model: From ``mlx_lm.load``, before its ``make_cache`` is replaced.
+        model: From ``mlx_lm.load``, or of mlx-vlm, before its ``make_cache`` is replaced.
         layers: Its decoder layers, taken over.
     """
     watch = _Watch(model)
@@ -175,23 +176,37 @@ def probe_model(model: nn.Module, layers: LayerwisePrefill) -> ModelProbe:
         # whatever a model's code can run into when a cache lacks what it asks for
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"{type(model).__module__.rsplit('.', 1)[-1]} uses its cache in a way that is not "
-                f"known here ({error}); use --group-size 0 to run it as mlx-lm does"
+                f"{model_name(model)} uses its cache in a way that is not known here ({error}); "
+                "use --group-size 0 to run it as mlx-lm does"
             ) from error
-    why_not_layerwise = _try_layerwise(model, layers, watch)
+    is_vlm = vlm.is_vlm(model)
+    why_not_layerwise = vlm.WHY_NOT if is_vlm else _try_layerwise(model, layers, watch)
     probes = tuple(
         x.describe()
         if isinstance(x, _ProbeCache)
         else CacheProbe(type(x).__name__, reason=f"keeps its own {type(x).__name__}")
         for x in flatten(caches)
     )
-    return ModelProbe(probes, why_not_layerwise)
+    return ModelProbe(_vlm_probes(model, probes) if is_vlm else probes, why_not_layerwise)
+
+
+def _vlm_probes(model: Any, probes: tuple[CacheProbe, ...]) -> tuple[CacheProbe, ...]:
+    """What the watch does not see of mlx-vlm's models, that rotate keys by positions of their own.
+
+    They also read the shape of what the cache returned, so that it has to be all rows.
+    """
+    found = []
+    for probe, module in zip(probes, vlm.ropes(model, len(probes)), strict=True):
+        rope = probe.rope if module is None else rope_of(module)
+        found.append(replace(probe, rope=rope, is_attended_once=False))
+    return tuple(found)
 
 
 def _probe_caches(model: nn.Module, watch: _Watch) -> list[Any]:
     def probe(cache: Any) -> Any:
-        return _ProbeCache(watch) if type(cache) is mlx_cache.KVCache else cache
+        return _ProbeCache(watch) if type(cache) in plain else cache
 
+    plain = (mlx_cache.KVCache, *vlm.plain_caches(model))
     return mapped(mlx_cache.make_prompt_cache(model), probe)
 
 
@@ -199,7 +214,7 @@ def _call(model: Any, caches: list[Any]) -> None:
     watchers = [x.watch for x in flatten(caches) if isinstance(x, _ProbeCache)]
     WATCHERS.extend(watchers)
     try:
-        with attention_seam():
+        with attention_seam(), vlm.probing(model):
             model(mx.zeros((1, PROBE_TOKENS), dtype=mx.int32), cache=caches)
     finally:
         for watch in watchers:

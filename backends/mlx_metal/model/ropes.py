@@ -1,4 +1,4 @@
-"""mlx-lm's rotary embedding modules as data."""
+"""mlx-lm's and mlx-vlm's rotary embedding modules as data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def rope_of(module: nn.Module) -> Rope | None:
     """What a rope module does to keys.
 
     Args:
-        module: ``nn.RoPE``, a class of ``mlx_lm.models.rope_utils``, or a ``NoPE``.
+        module: ``nn.RoPE``, a class of ``mlx_lm.models.rope_utils`` or of mlx-vlm's, or a ``NoPE``.
 
     Returns:
         The rotation as data; None where the module leaves keys as they are.
@@ -25,6 +25,8 @@ def rope_of(module: nn.Module) -> Rope | None:
         InputError: For any other class, by name.
     """
     kind = type(module)
+    if kind.__module__.startswith("mlx_vlm.") and (rope := _vlm_rope(module)) is not None:
+        return rope
     if kind is nn.RoPE:
         return RopeSpec.standard(module.dims, module.base, module.traditional, module.scale)
     if kind is getattr(rope_utils, "DynamicNTKScalingRoPE", None):  # since mlx-lm 0.32
@@ -51,8 +53,26 @@ def rope_of(module: nn.Module) -> Rope | None:
     )
 
 
+def _vlm_rope(module: nn.Module) -> Rope | None:
+    """What a class of mlx-vlm's own does to keys; None for one that is not known."""
+    kind = type(module)
+    theirs = borrowed.module("mlx_vlm.models.rope_utils")
+    if issubclass(kind, theirs.MRoPERotaryEmbedding):
+        # of text, whose three positions are one. Keys of an image turn otherwise, and what undoes
+        # this on the way in does it again on the way out: exact, but of a higher rank
+        freqs = 1 / np.array(module.inv_freq).astype(np.float64)
+        return RopeSpec(tuple(freqs.tolist()), module.pairing == "even_odd")
+    if kind is theirs.EagerRoPE:
+        return RopeSpec.standard(module.dims, module.base, module.traditional, module.scale)
+    if kind is theirs.YarnRoPE:
+        return RopeSpec(_freqs(module), module.traditional, float(module.mscale))
+    if kind in (theirs.Llama3RoPE, theirs.ProportionalRoPE):
+        return RopeSpec(_freqs(module), module.traditional)
+    return None
+
+
 def is_rope_name(path: str) -> bool:
-    """Whether a module at this path is, by mlx-lm's habits, a rotary embedding."""
+    """Whether a module at this path is, by their habits, a rotary embedding."""
     return path.rsplit(".", 1)[-1] in ("rope", "rotary_emb", "rotary_pos_emb")
 
 

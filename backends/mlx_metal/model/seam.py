@@ -81,7 +81,9 @@ WATCHERS: list[Callable[[Any, Any], None]] = []
 """Called with the keys of each attention, and the cache that it is over."""
 
 
-def _attention_of(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
+def attention_of(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """A model's attention, that lets caches compute it which can."""
+
     def attention(
         queries: mx.array,
         keys: Any,
@@ -102,7 +104,7 @@ def _attention_of(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
     return attention
 
 
-ATTENTION = Patch(borrowed.module("mlx_lm.models.base"), _NAME, _attention_of)
+ATTENTION = Patch(borrowed.module("mlx_lm.models.base"), _NAME, attention_of)
 
 
 @contextlib.contextmanager
