@@ -24,8 +24,7 @@ from xkv.store.shapes import CacheShape
 Snapshot = tuple[tuple[GroupState, ...], dict[str, Any]]
 """What :meth:`LowRankCache.restore` goes back to."""
 
-
-_KEPT = ("notice", "ranks", "unspent", "is_streaming", "known_shape", "_n_factored")
+_KEPT = ("notice", "ranks", "unspent", "is_streaming", "known_shape", "beside", "_n_factored")
 """What a cache notes beside its groups' states."""
 
 
@@ -80,6 +79,8 @@ class LowRankCache:
         self.factorize_seconds = 0.0
         self.known_shape = shape
         """None until the first rows have come."""
+        self.beside: tuple[Any, ...] = ()
+        """What a framework keeps of its own layers, to go back to."""
         self._n_factored = 0
         self._first = min(map(min, self.indices))
         """The layer that a model calls first."""
@@ -261,11 +262,7 @@ class LayerCache:
         self.rows = self.rows.reserving(n_tokens)
 
     def trim(self, n_tokens: int) -> int:
-        """Forget the last ``n_tokens`` tokens.
-
-        Returns:
-            How many were forgotten: all there are if there are fewer.
-        """
+        """Forget the last ``n_tokens`` tokens, or all; returns how many there were."""
         n_tokens = min(n_tokens, self.offset)
         self.rows = self.view.trimmed(n_tokens, self.group.has_dense_values)
         return n_tokens

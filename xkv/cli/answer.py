@@ -72,6 +72,11 @@ def show_answers(
     return mine
 
 
+def drafts_text(n_drafted: int, n_taken: int) -> str:
+    """One line on what became of a draft model's tokens."""
+    return f"Drafts: {n_taken} of {n_drafted} tokens accepted ({n_taken / max(n_drafted, 1):.1%})"
+
+
 def report(result: Generation) -> str:
     """The last lines of a run, like mlx-lm's, with the cache's memory."""
     prefill_tps = result.n_prompt / max(result.prefill_seconds, 1e-9)
@@ -80,6 +85,8 @@ def report(result: Generation) -> str:
         f"Prompt: {result.n_prompt} tokens, {prefill_tps:.3f} tokens-per-sec",
         f"Generation: {len(result.tokens)} tokens, {result.decode_tps:.3f} tokens-per-sec",
     ]
+    if result.n_drafted is not None:
+        lines.append(drafts_text(result.n_drafted, result.n_taken))
     if result.detail is not None:
         what = "Compression" if result.basis_bytes else "Factorization"
         lines.append(f"{what}: {result.factorize_seconds:.3f} s ({result.detail})")

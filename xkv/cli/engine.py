@@ -49,6 +49,8 @@ class Generation:
         notice: A sentence on what was not done as asked, or None.
         detail: Ranks and attention of the compressed cache, for people.
         basis_bytes: Of the model's own basis, held once for all its conversations.
+        n_drafted: Tokens that a draft model proposed, None without one.
+        n_taken: How many of them the model took.
     """
 
     text: str
@@ -64,6 +66,8 @@ class Generation:
     notice: str | None = None
     detail: str | None = None
     basis_bytes: int = 0
+    n_drafted: int | None = None
+    n_taken: int = 0
 
 
 class Engine(ABC):

@@ -45,6 +45,8 @@ class Command:
         """What ``--grouping`` says; a prompt cache from a file keeps its own groups."""
         self.models: list[Any] = []
         """Models that were loaded and enabled."""
+        self.tokenizer: Any = None
+        """Of the model; a draft model is loaded after it."""
 
     def take(self, args: argparse.Namespace) -> None:
         """Check the parsed flags.
@@ -136,6 +138,20 @@ class Command:
         if not self.models and mx.distributed.init().rank() == 0:
             print(text, file=sys.stderr)
 
+    def check_tokenizer(self, path: str, tokenizer: Any) -> None:
+        """Keep the model's tokenizer, and refuse a draft model with another.
+
+        Raises:
+            InputError: If its tokens are not the model's.
+        """
+        if self.tokenizer is None:
+            self.tokenizer = tokenizer
+        elif tokenizer.get_vocab() != self.tokenizer.get_vocab():
+            raise InputError(
+                f"the draft model {path} has another tokenizer than the model, so that its tokens "
+                "mean other text: take one of the same family"
+            )
+
     def loading(self, load: Callable[..., Any]) -> Callable[..., Any]:
         """mlx-lm's ``load`` or ``sharded_load``, after which the model is taken."""
 
@@ -144,6 +160,7 @@ class Command:
             with load_errors(path):
                 loaded = load(path, *args, **kwargs)
             model, config = loaded[0], self.config
+            self.check_tokenizer(path, loaded[1])
             self.speed_up(model)
             if config is not None and profile is not None:
                 config = profile.apply(config, identity_of(model, config))

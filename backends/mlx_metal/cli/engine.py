@@ -16,6 +16,7 @@ from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.model import borrowed
 from xkv.backends.mlx_metal.model.calibration import MLXSubject
 from xkv.backends.mlx_metal.model.dense_prompt import compressed_copy, prefill_dense
+from xkv.backends.mlx_metal.model.drafts import N_DRAFTS, DraftCount
 from xkv.backends.mlx_metal.model.enable import disable, enable, identity_of
 from xkv.backends.mlx_metal.model.enabled import enabled_state, lowrank_cache
 from xkv.backends.mlx_metal.model.memory import dense_bytes
@@ -161,6 +162,7 @@ class MLXEngine(Engine):
         before -= basis.nbytes if basis else 0
         self.backend.reset_peak_memory()
         text, tokens, finish = [], [], None
+        drafts = DraftCount(options.get("num_draft_tokens", N_DRAFTS), options["max_tokens"])
         for response in mlx_lm.stream_generate(
             self.model,
             self.tokenizer,
@@ -172,6 +174,7 @@ class MLXEngine(Engine):
             text.append(response.text)
             on_text(response.text)
             tokens.append(response.token)
+            drafts.count(response.from_draft)
             finish = response.finish_reason
         prompt_seconds = response.prompt_tokens / response.prompt_tps
         decode_tps = response.generation_tps
@@ -194,6 +197,8 @@ class MLXEngine(Engine):
             basis_bytes=basis_bytes,
             notice=compressed.notice if compressed else None,
             detail=describe(compressed) if compressed else None,
+            n_drafted=None if options.get("draft_model") is None else drafts.n_drafted,
+            n_taken=drafts.n_taken,
         )
 
 

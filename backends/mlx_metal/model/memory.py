@@ -7,7 +7,7 @@ from typing import Any
 
 from xkv.backends.mlx_metal.model import borrowed
 from xkv.backends.mlx_metal.model.cache import XKVCache
-from xkv.backends.mlx_metal.model.prefill import flatten
+from xkv.backends.mlx_metal.model.prefill import flatten, lowrank_cache
 from xkv.cli.terminal import size_text
 
 mlx_cache = borrowed.module("mlx_lm.models.cache")
@@ -29,7 +29,9 @@ def _dense_bytes(layer: Any) -> int:
 def cache_text(caches: Sequence[Any]) -> str:
     """One line on a prompt cache, for people."""
     layers = list(flatten(caches))
-    dense, held = sum(map(dense_bytes, layers)), sum(layer.nbytes for layer in layers)
+    cache = lowrank_cache(caches)
+    kept = layers if cache is None else [*layers, *cache.beside]
+    dense, held = sum(map(dense_bytes, layers)), sum(x.nbytes for x in kept)
     tokens = max((x.offset for x in layers if hasattr(x, "offset")), default=0)
     return (
         f"KV cache: {tokens} tokens, {size_text(dense)} dense, {size_text(held)} held "

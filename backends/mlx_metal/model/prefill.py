@@ -10,12 +10,15 @@ from __future__ import annotations
 import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from xkv.backends.mlx_metal.model.cache import XKVCache
+from xkv.backends.mlx_metal.model.native_state import is_native, native_copy
+from xkv.cache.lowrank_cache import LowRankCache
 from xkv.config import DECODE_TOKENS
 
 _MASKS = ("mask", "attention_mask", "attn_mask", "mamba_mask")
@@ -46,6 +49,11 @@ def mapped(caches: Sequence[Any], replace: Callable[[Any], Any]) -> list[Any]:
     return found
 
 
+def lowrank_cache(caches: Sequence[Any]) -> LowRankCache | None:
+    """The compressed cache behind a prompt cache, None if it has none."""
+    return next((x.layer.cache for x in flatten(caches) if isinstance(x, XKVCache)), None)
+
+
 def held_arrays(caches: Sequence[Any]) -> list[Any]:
     """What a prompt cache holds, to be evaluated."""
     return [x.layer.arrays() if isinstance(x, XKVCache) else x.state for x in flatten(caches)]
@@ -61,6 +69,13 @@ def equal_chunks(n_tokens: int, step_size: int) -> Iterator[tuple[int, int]]:
     return ((start, min(start + size, n_tokens)) for start in range(0, n_tokens, max(size, 1)))
 
 
+def chunks(n_tokens: int, step_size: int, cuts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """:func:`equal_chunks` between cuts, which are apart from each other and both ends."""
+    for first, last in pairwise(sorted({0, *cuts, n_tokens})):
+        for start, end in equal_chunks(last - first, step_size):
+            yield first + start, first + end
+
+
 class Prefill:
     """One prompt on its way through the layers.
 
@@ -68,6 +83,7 @@ class Prefill:
         caches: The prompt cache.
         step_size: Most tokens that a layer takes at a time.
         on_progress: Called after each chunk.
+        cuts: After which of the prompt's tokens a chunk ends and native layers are copied.
     """
 
     is_dry_run = False
@@ -78,6 +94,7 @@ class Prefill:
         caches: Sequence[Any],
         step_size: int,
         on_progress: Progress = lambda done, total: None,
+        cuts: Sequence[int] = (),
     ) -> None:
         self.caches = list(caches)
         self.step_size = step_size
@@ -85,6 +102,9 @@ class Prefill:
         self.called: list[int] = []
         """Ids of the caches whose layers were called, in order."""
         self._offset = max((getattr(x, "offset", 0) for x in flatten(caches)), default=0)
+        self._cuts = cuts
+        self.copies: dict[int, list[dict[str, Any]]] = {self._offset + x: [] for x in cuts}
+        """By the tokens seen, what each native layer held then."""
         self._masks: dict[int, tuple[mx.array, type, int, dict[str, Any]]] = {}
         for cache in self.caches:
             for index, part in enumerate(flatten([cache])):
@@ -131,7 +151,7 @@ class Prefill:
             if isinstance(part, XKVCache):
                 part.layer.reserve(n_tokens)
         outputs = []
-        for start, end in equal_chunks(n_tokens, self.step_size):
+        for start, end in chunks(n_tokens, self.step_size, self._cuts):
             call.arguments[states] = hidden[:, start:end]
             for name in others:
                 call.arguments[name] = self._cut(name, given[name], cache, start, end)
@@ -142,12 +162,20 @@ class Prefill:
             if not self.is_dry_run:
                 mx.eval(output, held_arrays([] if cache is None else [cache]))
                 self._report(end, n_tokens)
+                if end in self._cuts:
+                    self._copy(cache, self._offset + end)
         hidden = mx.concatenate(outputs, axis=1)
         del outputs, output
         if not self.is_dry_run:
             mx.eval(hidden)
             self._finish(cache)
         return hidden
+
+    def _copy(self, cache: Any, n_tokens: int) -> None:
+        natives = filter(is_native, flatten([] if cache is None else [cache]))
+        copies = [native_copy(x) for x in natives]
+        mx.eval(copies)
+        self.copies[n_tokens] += copies
 
     def _report(self, end: int, n_tokens: int) -> None:
         done = (max(len(self.called), 1) - 1) * n_tokens + end
@@ -191,7 +219,9 @@ class LayerwisePrefill:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        layers = [x for x in getattr(model, "layers", []) if isinstance(x, nn.Module)]
+        listed = [x for x in getattr(model, "layers", []) if isinstance(x, nn.Module)]
+        # once each: a model may go through its layers again
+        layers = list({id(layer): layer for layer in listed}.values())
         self._classes = [(weakref.ref(layer), type(layer)) for layer in layers]
         self._running: dict[int, Prefill] = {}
         taken = {cls: self._subclass(cls) for _, cls in self._classes}
