@@ -86,9 +86,9 @@ def run_generate(argv: Sequence[str] | None = None) -> None:
 
 def run_server(argv: Sequence[str] | None = None) -> None:
     """See :mod:`xkv.server`."""
-    from xkv.backends.mlx_metal.server import generator as server
+    from xkv.backends.mlx_metal.server import command
 
-    server.run_server(argv)
+    command.run_server(argv)
 
 
 def load_language_model(model: str, **options: Any) -> LanguageModel:

@@ -22,7 +22,7 @@ from mlx_lm.models import cache as mlx_cache
 
 import xkv
 from tests.architectures import build
-from xkv.backends.mlx_metal.model.enabled import lowrank_cache
+from xkv.backends.mlx_metal.model.enabled import enabled_state, lowrank_cache
 from xkv.backends.mlx_metal.model.prefill import flatten
 from xkv.checks.invariants import broken_invariants
 
@@ -185,3 +185,47 @@ class ModelMachine(RuleBasedStateMachine):
         talk.tokens = talk.tokens[:n_held]
         self.check(talk)
         self.take(talk, self.draw(1))
+
+    @rule(data=st.data(), n_steps=st.integers(1, 20), is_late=st.booleans())
+    def batch(self, data: Any, n_steps: int, is_late: bool) -> None:
+        """All conversations and twins decode in one batch that one may join late, then leave it."""
+        talks = [x for x in (*self.conversations, *self.conversations) if x.tokens]
+        if enabled_state(self.model).why_not_batched or not talks:
+            return
+        talks = [Conversation(x.caches, list(x.tokens)) for x in talks]
+        first = merged(talks[:-1] if is_late and len(talks) > 1 else talks)
+        rows = len(talks) - is_late if len(talks) > 1 else 1
+        for step in range(n_steps):
+            if step == n_steps // 2 and rows < len(talks):
+                for layer, late in zip(first, merged(talks[rows:]), strict=True):
+                    layer.extend(late)
+                rows = len(talks)
+            self.step(first, talks[:rows])
+        if rows < len(talks):
+            return
+        order = data.draw(st.permutations(range(rows)), label="order")[: -(-rows // 2)]
+        for layer in first:
+            layer.filter(order)
+        talks = [talks[number] for number in order]
+        self.step(first, talks)
+        for number, talk in enumerate(talks):
+            talk.caches = [layer.extract(number) for layer in first]
+            self.check(talk)
+        self.conversations = talks[:3]
+        self.take(self.any_of(data), self.draw(1))
+
+    def step(self, caches: list[Any], talks: list[Conversation]) -> None:
+        """One token for each sequence of a batch."""
+        tokens = self.draw(len(talks))
+        logits = self.model(mx.array(tokens)[:, None], cache=caches)[:, -1]
+        for number, (talk, token) in enumerate(zip(talks, tokens, strict=True)):
+            talk.tokens.append(token)
+            want = self.logits(talk.tokens)
+            got = np.array(logits[number].astype(mx.float32))
+            assert np.linalg.norm(got - want) <= TOLERANCE * np.linalg.norm(want)
+
+
+def merged(talks: list[Conversation]) -> list[Any]:
+    """A batch of conversations, layer by layer, as mlx-lm makes it."""
+    columns = zip(*(talk.caches for talk in talks), strict=True)
+    return [column[0].merge(list(column)) for column in columns]

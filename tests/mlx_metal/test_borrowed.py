@@ -1,9 +1,10 @@
-"""What is taken from mlx-lm is in the table, and a change of any of it is told in a sentence."""
+"""What is taken of mlx-lm and mlx-vlm is in the table, and a change is told in a sentence."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import subprocess
 import sys
@@ -15,10 +16,20 @@ import xkv.backends
 from xkv.backends.mlx_metal.cli.chat import CachePrompt, Chat
 from xkv.backends.mlx_metal.cli.generate import Generate
 from xkv.backends.mlx_metal.model import borrowed, plan
-from xkv.backends.mlx_metal.server.generator import Server
+from xkv.backends.mlx_metal.server.command import Server
 from xkv.errors import InputError
 
-ENTRIES = [(name, path) for name, entries in borrowed.TAKEN.items() for path in entries]
+INSTALLED = {
+    name: entries
+    for name, entries in borrowed.TAKEN.items()
+    if importlib.util.find_spec(name.partition(".")[0])
+}
+"""mlx-vlm's only where somebody brought it."""
+ENTRIES = [(name, path) for name, entries in INSTALLED.items() for path in entries]
+KNOWN = {
+    "mlx-lm": "0.31.3 and 0.32.2 are known to work: pip install 'mlx-lm==0.32.2'",
+    "mlx-vlm": "0.7.10 is known to work: pip install 'mlx-vlm==0.7.10'",
+}
 IDS = [f"{name}.{path}" for name, path in ENTRIES]
 
 
@@ -44,7 +55,7 @@ def put(monkeypatch, name, path, value):
 
 
 def test_what_is_installed_has_all_of_it():
-    for name in borrowed.TAKEN:
+    for name in INSTALLED:
         borrowed.module.__wrapped__(name)
 
 
@@ -57,9 +68,9 @@ def test_what_is_gone_is_named(name, path, checked, monkeypatch):
         monkeypatch.delattr(importlib.import_module(name), path)
     with pytest.raises(InputError) as raised:
         checked(name, path)
+    package = name.partition(".")[0].replace("_", "-")
     assert str(raised.value) == (
-        f"mlx-lm 9.0 has moved or changed {name}.{path}, which xkv builds on; 0.31.3 and 0.32.2 "
-        "are known to work: pip install 'mlx-lm==0.32.2'"
+        f"{package} 9.0 has moved or changed {name}.{path}, which xkv builds on; {KNOWN[package]}"
     )
 
 
@@ -117,6 +128,9 @@ def test_a_command_says_it_without_a_traceback():
     assert "create_attention_mask" in line
 
 
+PACKAGES = ("mlx_lm", "mlx_vlm")
+
+
 def modules_of(tree: ast.AST) -> dict[str, str]:
     """mlx-lm's modules by the names that a source gives them."""
     return {
@@ -154,7 +168,7 @@ def uses(source: str) -> set[tuple[str, str]]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names]
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else names
-            found |= {(x, "imported") for x in names if x.partition(".")[0] == "mlx_lm"}
+            found |= {(x, "imported") for x in names if x.partition(".")[0] in PACKAGES}
         elif isinstance(node, ast.Attribute) and (place := reached(node, modules)):
             found.add(place)
         elif isinstance(node, ast.Call) and len(node.args) > 1:
@@ -214,11 +228,12 @@ def test_what_commands_replace_is_in_the_table():
     "source",
     [
         "import mlx_lm.server",
+        "import mlx_vlm",
         "def f():\n    from mlx_lm.models import cache",
         "x = borrowed.module('mlx_lm.utils')\nx.save_model()",
         "borrowed.module('mlx_lm.utils').save_model()",
         "x = borrowed.module('mlx_lm.utils')\nPatch(x, 'save_model', f)",
-        "x = borrowed.module('mlx_lm.generate')\nPatch(x.BatchGenerator, 'next', f)",
+        "x = borrowed.module('mlx_lm.generate')\nPatch(x.BatchGenerator, 'prompt_step', f)",
         "x = borrowed.module('mlx_lm.server')\nclass A(x.APIHandler):\n    def do_OPTIONS(self): 0",
         "x = borrowed.module('mlx_lm.server')\nclass A(x.APIHandler):\n"
         "    def f(self): super().do_OPTIONS()",

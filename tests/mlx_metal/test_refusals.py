@@ -9,7 +9,6 @@ import mlx_lm
 import mlx_lm.models.cache as mlx_cache
 import numpy as np
 import pytest
-from mlx_lm import batch_generate
 from mlx_lm.generate import BatchGenerator, generate_step, speculative_generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -199,21 +198,6 @@ def test_largest_size_of_a_cache_is_refused(model):
             make(model, 64)
     xkv.disable(model)
     assert type(make_prompt_cache(build("qwen2"), 64)[0]) is mlx_cache.RotatingKVCache
-
-
-@pytest.mark.parametrize("n_prompts", [1, 2])
-def test_batches_are_refused(loaded, model, n_prompts):
-    prompts = [PROMPT[:9], PROMPT[:5]][:n_prompts]
-    before = BatchGenerator(model)
-    with pytest.raises(InputError, match="compressed caches cannot be batched yet") as error:
-        batch_generate(model, loaded[1], prompts, max_tokens=2)
-    assert is_sentence(error)
-    for batches in (before, BatchGenerator(model)):
-        with pytest.raises(InputError, match="cannot be batched yet"):
-            batches.insert(prompts)
-    xkv.disable(model)
-    texts = batch_generate(model, loaded[1], prompts, max_tokens=2).texts
-    assert len(texts) == n_prompts
 
 
 def test_mlx_lm_is_as_before_when_disabled(loaded, model, draft):

@@ -10,8 +10,8 @@ import pytest
 from mlx_lm.utils import load_tokenizer
 
 from tests.serving import ANSWER, CHAT, MESSAGES, Server, chat, text_of
+from xkv.backends.mlx_metal.server.command import flat_tokens
 from xkv.backends.mlx_metal.server.errors import RequestError
-from xkv.backends.mlx_metal.server.generator import flat_tokens
 from xkv.errors import InputError
 from xkv.tiny import CHECKPOINT_DIR
 

@@ -1,4 +1,4 @@
-"""What is taken from inside mlx-lm, and its modules, which are imported here alone."""
+"""What is taken from inside mlx-lm and mlx-vlm, whose modules are imported here alone."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from xkv.errors import InputError
 
 KNOWN_TO_WORK = ("0.31.3", "0.32.2")
 """Versions of mlx-lm that all tests pass with."""
+VLM_KNOWN_TO_WORK = ("0.7.10",)
+"""Versions of mlx-vlm that its tests pass with; only who brings such a model has it."""
 
 _COMMAND = {"main": "()", "argparse": "", "load": "(path_or_hf_repo, *, tokenizer_config)"}
 _SHARDED = {"sharded_load": "(repo, pipeline_group, tensor_group, *, tokenizer_config)"}
@@ -23,7 +25,28 @@ TAKEN: dict[str, dict[str, str]] = {
     "mlx_lm.generate": {
         **_COMMAND,
         "BatchGenerator.insert_segments": "(self, segments)",
+        "BatchGenerator": "(model, *, completion_batch_size, prefill_step_size)",
+        "BatchGenerator._generation_batch": "",
+        "BatchGenerator._prompt_batch": "",
+        "BatchGenerator._unprocessed_sequences": "",
+        "BatchGenerator.completion_batch_size": "",
+        "BatchGenerator.prefill_batch_size": "",
+        "BatchGenerator.extract_cache": "(self, uids)",
         "BatchGenerator.model": "",
+        "BatchGenerator.next": "(self)",
+        "BatchGenerator.remove": "(self, uids)",
+        "GenerationBatch.prompt_cache": "",
+        "GenerationBatch.Response": "(*, uid, token, logprobs, finish_reason, prompt_cache, "
+        "all_tokens, ...)",
+        "GenerationBatch.uids": "",
+        "BatchGenerator.prefill_step_size": "",
+        "PromptProcessingBatch.Response": "(*, uid, end_of_prompt, ...)",
+        "PromptProcessingBatch.model": "",
+        "PromptProcessingBatch.prefill_step_size": "",
+        "PromptProcessingBatch.prompt": "(self, tokens)",
+        "PromptProcessingBatch.prompt_cache": "",
+        "PromptProcessingBatch.tokens": "",
+        "PromptProcessingBatch.uids": "",
         "GenerationResponse": "(*, text, token, prompt_tokens, prompt_tps, generation_tps, "
         "finish_reason, ...)",
         "generate": "(model, tokenizer, prompt, *, verbose)",
@@ -78,7 +101,13 @@ TAKEN: dict[str, dict[str, str]] = {
         "ModelProvider.model_key": "",
         "ModelProvider.tokenizer": "",
         "Response": "(*, finish_reason, logprob, text, token, top_tokens, ...)",
+        "BatchGenerator": "(model, *, completion_batch_size, prefill_step_size)",
+        "ModelProvider._adapter_map": "",
+        "ModelProvider._draft_model_map": "",
+        "ModelProvider._model_map": "",
+        "ModelProvider.is_batchable": "",
         "ResponseGenerator": "(model_provider, prompt_cache)",
+        "ResponseGenerator._is_distributed": "",
         "ResponseGenerator._generate": "(self)",
         "ResponseGenerator._next_request": "(self)",
         "ResponseGenerator._serve_single": "(self, request, ...)",
@@ -88,6 +117,8 @@ TAKEN: dict[str, dict[str, str]] = {
         "ResponseGenerator.prompt_cache": "",
         "ResponseGenerator.stop_and_join": "(self)",
         "SamplingArguments": "(*, top_k, ...)",
+        "stream_generate": "(model, tokenizer, prompt, *, draft_model, max_tokens, "
+        "num_draft_tokens)",
     },
     "mlx_lm.utils": {"_get_classes": "(config)", "load_config": "(model_path)"},
     "mlx_lm.sample_utils": {"make_sampler": "(temp, top_p, min_p, *, top_k)"},
@@ -105,6 +136,7 @@ TAKEN: dict[str, dict[str, str]] = {
         "ChunkedKVCache.chunk_size": "",
         "ChunkedKVCache.start_position": "",
         "create_attention_mask": "(N, offset, return_array, window_size)",
+        "create_causal_mask": "(N, offset, window_size, *, left_padding)",
         "KVCache": "()",
         "KVCache.keys": "",
         "KVCache.nbytes": "",
@@ -129,6 +161,9 @@ TAKEN: dict[str, dict[str, str]] = {
         "PromptTrie.pop_prefixes": "(self, model, tokens)",
         "PromptTrie.search": "(self, model, tokens)",
         "PromptTrieResult": "(*, exact, shorter, ...)",
+        "RotatingKVCache._idx": "",
+        "RotatingKVCache.keep": "",
+        "RotatingKVCache.keys": "",
         "RotatingKVCache.max_size": "",
         "save_prompt_cache": "(file_name, cache, metadata)",
         "trim_prompt_cache": "(cache, num_tokens)",
@@ -144,6 +179,30 @@ TAKEN: dict[str, dict[str, str]] = {
         "YarnRoPE.mscale": "",
         "YarnRoPE.traditional": "",
     },
+    "mlx_vlm.generate.ar": {
+        "_make_cache": "(model, left_padding)",
+        "generate_step": "(input_ids, model, pixel_values, mask, *, draft_model, kv_bits, "
+        "max_kv_size, prompt_cache)",
+    },
+    "mlx_vlm.models.base": {
+        "scaled_dot_product_attention": "(queries, keys, values, cache, scale, mask, sinks)"
+    },
+    "mlx_vlm.models.cache": {"KVCache": "()"},
+    "mlx_vlm.models.rope_utils": {
+        "EagerRoPE.base": "",
+        "EagerRoPE.dims": "",
+        "EagerRoPE.scale": "",
+        "EagerRoPE.traditional": "",
+        "Llama3RoPE._freqs": "",
+        "Llama3RoPE.traditional": "",
+        "MRoPERotaryEmbedding.inv_freq": "",
+        "MRoPERotaryEmbedding.pairing": "",
+        "ProportionalRoPE._freqs": "",
+        "ProportionalRoPE.traditional": "",
+        "YarnRoPE._freqs": "",
+        "YarnRoPE.mscale": "",
+        "YarnRoPE.traditional": "",
+    },
 }
 """By module: what it is called, and what it has to take.
 
@@ -154,7 +213,7 @@ other may have to be given, unless ``...`` says so. Nothing: it has to be there.
 
 @functools.cache
 def module(name: str) -> Any:
-    """A module of mlx-lm by its full name, which a function of the same name may hide.
+    """A module of either by its full name, which a function of the same name may hide.
 
     Raises:
         InputError: If what is taken of it has moved or changed.
@@ -172,10 +231,12 @@ def module(name: str) -> Any:
 
 
 def _sentence(what: str) -> str:
+    is_vlm = what.startswith("mlx_vlm")
+    package, known = ("mlx-vlm", VLM_KNOWN_TO_WORK) if is_vlm else ("mlx-lm", KNOWN_TO_WORK)
     return (
-        f"mlx-lm {version('mlx-lm')} has moved or changed {what}, which xkv builds on; "
-        f"{' and '.join(KNOWN_TO_WORK)} are known to work: pip install "
-        f"'mlx-lm=={KNOWN_TO_WORK[-1]}'"
+        f"{package} {version(package)} has moved or changed {what}, which xkv builds on; "
+        f"{' and '.join(known)} {'are' if len(known) > 1 else 'is'} known to work: pip install "
+        f"'{package}=={known[-1]}'"
     )
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.model import borrowed
+from xkv.backends.mlx_metal.model.batch import XKVBatch
+from xkv.backends.mlx_metal.model.copies import copied
 from xkv.backends.mlx_metal.model.seam import ATTENTION, AttendingCache
 from xkv.cache import state as cache_state
 from xkv.cache.layer import FUSED_QUERIES
-from xkv.cache.lowrank_cache import LayerCache
+from xkv.cache.lowrank_cache import LayerCache, LowRankCache
+from xkv.errors import InputError
 from xkv.ops.types import Rope
 from xkv.planning.basis_file import basis_of_cache
 
@@ -39,20 +43,25 @@ class XKVCache(mlx_cache._BaseCache, AttendingCache):  # type: ignore[name-defin
     ) -> None:
         self.layer = layer
         self._rope = rope
-        self._is_attended_once = is_attended_once
+        self.is_attended_once = is_attended_once
         # weak: where the seam is not used, these arrays are computed and must not outlive the step
         self._returned: tuple[weakref.ref, weakref.ref] | None = None
-        self._is_latent = False
+        self.is_latent = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> XKVCache:
-        return XKVCache(copy.deepcopy(self.layer, memo), self._rope, self._is_attended_once)
+        return self.on(copy.deepcopy(self.layer.cache, memo))
+
+    def on(self, cache: LowRankCache) -> XKVCache:
+        """The same layer of another low-rank cache."""
+        layer = LayerCache(cache, self.layer.number, self.layer.index)
+        return XKVCache(layer, self._rope, self.is_attended_once)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Take new tokens ``[B, n_kv_heads, L, head_dim]``; returns all tokens' keys and values."""
         rope = None if self._rope is None else self._rope.at(self.offset + keys.shape[-2])
         self.layer.append(keys, values, rope)
         is_lazy = self.layer.is_compressed
-        stands_for_all = is_lazy and self._is_attended_once and ATTENTION.is_installed
+        stands_for_all = is_lazy and self.is_attended_once and ATTENTION.is_installed
         returned = (keys, values) if stands_for_all else self.layer.dense()
         self._returned = (weakref.ref(returned[0]), weakref.ref(returned[1])) if is_lazy else None
         return returned
@@ -66,9 +75,9 @@ class XKVCache(mlx_cache._BaseCache, AttendingCache):  # type: ignore[name-defin
             return False
         first, second = (x() for x in self._returned)
         # of an MLA model the latent is keys and values
-        self._is_latent = keys is first is values
+        self.is_latent = keys is first is values
         self._returned = None
-        return self._is_latent or (keys is first and values is second)
+        return self.is_latent or (keys is first and values is second)
 
     def attend(
         self,
@@ -78,18 +87,33 @@ class XKVCache(mlx_cache._BaseCache, AttendingCache):  # type: ignore[name-defin
         sinks: mx.array | None = None,
     ) -> mx.array:
         """Attention from the compressed form: :meth:`xkv.cache.layer.LayerView.attend`."""
-        n_queries = queries.shape[-2]
-        if self._is_latent:
+        n_queries, is_dense = queries.shape[-2], not self.layer.is_compressed
+        if self.is_latent and not is_dense:
             return self.layer.view.attend_latent(queries, scale, mask)
-        if sinks is not None and n_queries >= FUSED_QUERIES:
+        if self.is_latent or (sinks is not None and (is_dense or n_queries >= FUSED_QUERIES)):
+            keys, values = self.layer.dense()
             return mx.fast.scaled_dot_product_attention(
-                queries, *self.layer.dense(), scale=scale, mask=mask, sinks=sinks
+                queries,
+                keys,
+                keys if self.is_latent else values,
+                scale=scale,
+                mask=mask,
+                sinks=sinks,
             )
         if isinstance(mask, str):
             mask = None
         elif mask is None and n_queries > 1:
             mask = mx.ones((n_queries, self.offset), dtype=mx.bool_)
         return self.layer.attend(queries, scale, mask, sinks=sinks)
+
+    def merge(self, caches: Sequence[XKVCache]) -> XKVBatch:
+        """The layer's batch of several sequences: copies, which share what does not change."""
+        if not all(isinstance(cache, XKVCache) for cache in caches):
+            raise InputError(
+                "compressed and uncompressed prompt caches cannot be in one batch: make all with "
+                "the enabled model"
+            )
+        return XKVBatch([copied(cache) for cache in caches])
 
     @property
     def offset(self) -> int:

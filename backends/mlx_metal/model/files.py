@@ -55,7 +55,7 @@ def load_prompt_cache(file_name: str, return_metadata: bool = False) -> Any:
         InputError: If the file is missing, broken, or of another version.
     """
     try:
-        with _known_class():
+        with known_class():
             cache, metadata = mlx_cache.load_prompt_cache(file_name, return_metadata=True)
         mx.eval([layer.state for layer in cache])
     except InputError as error:
@@ -71,7 +71,7 @@ def load_prompt_cache(file_name: str, return_metadata: bool = False) -> Any:
 
 
 @contextlib.contextmanager
-def _known_class() -> Iterator[None]:
+def known_class() -> Iterator[None]:
     """mlx-lm looks a cache's class up among its own."""
     name, before = XKVCache.__name__, getattr(mlx_cache, XKVCache.__name__, None)
     setattr(mlx_cache, name, XKVCache)

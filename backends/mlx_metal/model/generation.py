@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -11,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from xkv.backends.mlx_metal.model import borrowed, seam
+from xkv.backends.mlx_metal.model.batch import XKVBatch, member_of, with_members
 from xkv.backends.mlx_metal.model.cache import XKVCache
 from xkv.backends.mlx_metal.model.enabled import (
     Enabled,
@@ -18,6 +21,7 @@ from xkv.backends.mlx_metal.model.enabled import (
     lowrank_cache,
     native_caches,
     prefill_prompt,
+    prefill_to_cut,
 )
 from xkv.backends.mlx_metal.model.prefill import flatten
 from xkv.backends.mlx_metal.model.snapshot import undone_on_error
@@ -61,16 +65,23 @@ def _generate(
         return
     embeddings = kwargs.get("input_embeddings")
     n_tokens = len(prompt if embeddings is None else embeddings)
+    step_size = kwargs.get("prefill_step_size", STEP_SIZE)
+    progress = kwargs.get("prompt_progress_callback") or (lambda done, total: None)
     with undone_on_error(caches):
+        enabled.keep_state(caches)
         if enabled.is_layerwise(caches, n_tokens - 1):
-            step_size = kwargs.get("prefill_step_size", STEP_SIZE)
-            progress = kwargs.get("prompt_progress_callback") or (lambda done, total: None)
             kwargs["prefill_step_size"] = n_tokens
             steps = original(prompt, model, *args, **kwargs)
-            with enabled.layerwise(caches, step_size, progress):
+            with enabled.layerwise(caches, step_size, progress, prompt[:-1].tolist()):
                 first = next(steps, None)
         else:
-            steps = original(prompt, model, *args, **kwargs)
+            n_done = 0
+            if embeddings is None:
+                n_done = prefill_to_cut(enabled, caches, prompt, step_size)
+            kwargs["prompt_progress_callback"] = lambda done, total: progress(
+                n_done + done, n_done + total
+            )
+            steps = original(prompt[n_done:], model, *args, **kwargs)
             first = next(steps, None)
     if first is not None:
         yield first
@@ -194,15 +205,55 @@ def _make_prompt_cache_of(original: Callable[..., list[Any]]) -> Callable[..., l
 
 def _insert_segments_of(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def insert_segments(batches: Any, *args: Any, **kwargs: Any) -> Any:
-        if enabled_state(batches.model) is not None:
-            raise InputError(
-                "compressed caches cannot be batched yet: give the model one prompt at a time "
-                "with generate or stream_generate, or disable xKV for it"
-            )
-        return original(batches, *args, **kwargs)
+    def insert_segments(batches: Any, segments: Any, *args: Any, **kwargs: Any) -> Any:
+        enabled = enabled_state(batches.model)
+        if enabled is None:
+            return original(batches, segments, *args, **kwargs)
+        if enabled.why_not_batched is not None:
+            raise InputError(enabled.why_not_batched)
+        call = inspect.signature(original).bind(batches, segments, *args, **kwargs).arguments
+        for caches in call.get("caches") or []:
+            enabled.check(caches or [])
+        # whole prompts go layer by layer, one after the other
+        batches.prefill_step_size = sys.maxsize
+        whole = [[[token for part in parts for token in part]] for parts in segments]
+        return original(batches, whole, *args, **kwargs)
 
     return insert_segments
+
+
+def _prompt_of(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def prompt(batch: Any, tokens: Sequence[Sequence[int]]) -> None:
+        if not any(isinstance(x, XKVBatch) for x in flatten(batch.prompt_cache)):
+            original(batch, tokens)
+            return
+        alone = []
+        for number, mine in enumerate(tokens):
+            pairs = zip(batch.prompt_cache, mlx_cache.make_prompt_cache(batch.model), strict=True)
+            caches = [member_of(cache, number, fresh) for cache, fresh in pairs]
+            if mine:
+                batch.tokens[number] += mine
+                _prompt_one(batch, number, caches, mx.array(list(mine)))
+            alone.append(caches)
+        columns = zip(*alone, strict=True)
+        pairs = zip(batch.prompt_cache, columns, strict=True)
+        batch.prompt_cache = [with_members(cache, column) for cache, column in pairs]
+
+    return prompt
+
+
+def _prompt_one(batch: Any, number: int, caches: list[Any], tokens: mx.array) -> None:
+    """One sequence's prompt, of which a batch's ``on_progress`` and ``on_error`` are told."""
+    uid, on_error = batch.uids[number], vars(batch).get("on_error")
+    progress = vars(batch).get("on_progress", lambda uid, done, total: None)
+    try:
+        step_size = batch.prefill_step_size
+        prefill_prompt(batch.model, caches, tokens, step_size, functools.partial(progress, uid))
+    except Exception as error:
+        if on_error is None:
+            raise
+        on_error(uid, error)
 
 
 _PATCHES = (
@@ -211,6 +262,7 @@ _PATCHES = (
     seam.Patch(_GENERATE, "speculative_generate_step", _speculative_of),
     seam.Patch(mlx_cache, "make_prompt_cache", _make_prompt_cache_of),
     seam.Patch(_GENERATE.BatchGenerator, "insert_segments", _insert_segments_of),
+    seam.Patch(_GENERATE.PromptProcessingBatch, "prompt", _prompt_of),
 )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from xkv.backends.mlx_metal.model import borrowed
 from xkv.backends.mlx_metal.server.errors import ClientGone, RequestError, error_text
+from xkv.backends.mlx_metal.server.need import RequestBytes
 from xkv.backends.mlx_metal.server.stops import StopText
 from xkv.errors import InputError
 
@@ -53,6 +54,13 @@ class Answers:
         self.is_alone = False
         """Whether the request is served by itself, so that its prefill can be ended."""
         self.has_failed = False
+        self.need = RequestBytes()
+        """What the request takes at most."""
+
+    @property
+    def is_left(self) -> bool:
+        """Whether nobody waits for them any more."""
+        return self.context is not None and self.context._should_stop
 
     def put(self, item: Any) -> None:
         """Send an item on.
@@ -60,8 +68,12 @@ class Answers:
         Raises:
             ClientGone: If it is the progress of a prefill that nobody waits for.
         """
+        is_end = item is None or isinstance(item, Exception)
+        if is_end:
+            self.need = RequestBytes()
         if self._is_done:
             return
+        self._is_done = is_end
         if isinstance(item, mlx_server.GenerationContext):
             self.context = item
             if item.tool_parser is not None:
@@ -69,7 +81,7 @@ class Answers:
         elif isinstance(item, mlx_server.Response):
             item = self._cut(item)
         elif isinstance(item, tuple):
-            if self.is_alone and self.context is not None and self.context._should_stop:
+            if self.is_alone and self.is_left:
                 raise ClientGone("the client is gone")
         elif isinstance(item, Exception):
             self.has_failed = True

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,67 +13,12 @@ import mlx.core as mx
 
 from xkv.backends.mlx_metal.model import borrowed
 from xkv.backends.mlx_metal.model.cache import XKVCache
-from xkv.backends.mlx_metal.model.enabled import Enabled
+from xkv.backends.mlx_metal.model.going_back import go_back, reach, states_of
 from xkv.backends.mlx_metal.model.memory import cache_text, dense_bytes
 from xkv.backends.mlx_metal.model.prefill import flatten
-from xkv.config import buffer_rows
-from xkv.planning.footprint import storing_bytes
-from xkv.store.ranks import WAIT_SHARE, ModelPlan, plan_ranks
+from xkv.backends.mlx_metal.server.need import RequestBytes, memory_limit
 
 mlx_cache = borrowed.module("mlx_lm.models.cache")
-
-
-@dataclass(frozen=True)
-class RequestBytes:
-    """What a request takes at most.
-
-    Args:
-        cache: Its KV cache, while the last group of layers is dense or at the end of the answer.
-        work: Besides: hidden states of the prompt, and a group's rows in float32 for factoring.
-    """
-
-    cache: int = 0
-    work: int = 0
-
-    def __add__(self, other: RequestBytes) -> RequestBytes:
-        return RequestBytes(self.cache + other.cache, self.work + other.work)
-
-    @classmethod
-    def of(cls, enabled: Enabled, n_prompt: int, n_answer: int, is_layerwise: bool) -> RequestBytes:
-        """Estimate a request before anything is computed.
-
-        Args:
-            enabled: The model.
-            n_prompt: Tokens of the whole prompt, cached ones too.
-            n_answer: Most tokens of the answer.
-            is_layerwise: Whether at most one group of layers is dense at a time.
-        """
-        config, shape = enabled.plan.config, enabled.plan.probe.cache_shape(enabled.plan.groups)
-        n_tokens = n_prompt + n_answer
-        dense = shape.dense_bytes(buffer_rows(n_tokens))
-        basis = enabled.basis
-        is_long = not isinstance(plan_ranks(shape, config, n_prompt, basis=basis), str)
-        ranks = plan_ranks(shape, config, n_tokens, 0.0 if is_long else WAIT_SHARE, basis)
-        hidden = getattr(getattr(enabled.model, "args", None), "hidden_size", 0)
-        work = 3 * n_prompt * hidden * shape.item_bytes
-        if isinstance(ranks, str):
-            return cls(dense, work)
-        work += max(storing_bytes(n_prompt, group, basis is None) for group in shape.groups)
-        if basis is not None and isinstance(ranks, ModelPlan):
-            # the model's, and there for the next request
-            work += max(basis.column_bytes(ranks.bits, shape.item_bytes) - basis.nbytes, 0)
-        if not is_layerwise:
-            return cls(dense, work)
-        tail = shape.dense_bytes(min(n_answer, config.max_tail))
-        group = max(x.n_layers * x.row_elements for x in shape.groups) * shape.item_bytes
-        held = ranks.held_bytes(shape, config, n_tokens)
-        return cls(min(dense, held + max(tail, group * buffer_rows(n_prompt))), work)
-
-
-def memory_limit() -> int:
-    """Bytes that MLX may use: the Mac's working set, or the machine's memory."""
-    recommended = mx.device_info().get("max_recommended_working_set_size")
-    return int(recommended or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def arrays_held(caches: Sequence[Any]) -> dict[int, int]:
@@ -85,16 +30,29 @@ def arrays_held(caches: Sequence[Any]) -> dict[int, int]:
             held.update((id(x), x.nbytes) for x in arrays)
         else:
             held[id(cache)] = cache.nbytes
+    held.update((id(x), x.nbytes) for state in states_of(caches) for x in state.arrays)
     return held
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Held:
-    """What one cached prompt holds; it does not change while it is cached."""
+    """What one cached prompt holds; nothing but its use changes while it is cached."""
 
     arrays: dict[int, int]
     n_tokens: int
     dense_bytes: int
+    used: float
+
+    def report(self) -> dict[str, Any]:
+        """The prompt alone, with what it shares with others."""
+        held = sum(self.arrays.values())
+        return {
+            "tokens": self.n_tokens,
+            "held_bytes": held,
+            "dense_bytes": self.dense_bytes,
+            "ratio": round(self.dense_bytes / held, 3) if held else None,
+            "idle_s": round(time.monotonic() - self.used, 1),
+        }
 
 
 class _Trie(mlx_cache.PromptTrie):  # type: ignore[name-defined]
@@ -103,12 +61,19 @@ class _Trie(mlx_cache.PromptTrie):  # type: ignore[name-defined]
     def __init__(self) -> None:
         super().__init__()
         self.held: dict[int, _Held] = {}
+        self.before_release: Callable[[], Any] = lambda: None
+        """Called before an entry goes."""
 
     def add(self, model: Any, tokens: list[int], value: Any) -> Any:
         caches = value.prompt_cache
         dense = sum(dense_bytes(cache) for cache in caches)
-        self.held[id(value)] = _Held(arrays_held(caches), len(tokens), dense)
+        self.held[id(value)] = _Held(arrays_held(caches), len(tokens), dense, time.monotonic())
         return self._forget(super().add(model, tokens, value))
+
+    def get(self, model: Any, tokens: list[int]) -> Any:
+        value = super().get(model, tokens)
+        self.held[id(value)].used = time.monotonic()
+        return value
 
     def pop(self, model: Any, tokens: list[int]) -> Any:
         return self._forget(super().pop(model, tokens))
@@ -121,6 +86,7 @@ class _Trie(mlx_cache.PromptTrie):  # type: ignore[name-defined]
 
     def _forget(self, value: Any) -> Any:
         if value is not None:
+            self.before_release()
             del self.held[id(value)]
         return value
 
@@ -141,8 +107,15 @@ class PromptCache(mlx_cache.LRUPromptCache):  # type: ignore[name-defined]
         self._trie: _Trie = _Trie()
         self.limit_bytes = limit_bytes
         self.memory_limit = memory_limit()
-        self.reserved = RequestBytes()
-        """What the request being served takes at most."""
+        self.needed: Callable[[], RequestBytes] = RequestBytes
+        """Gives what the requests being answered take at most, together."""
+        self.active: Callable[[], Mapping[int, int]] = dict
+        """Gives the bytes of each array that they hold by now, by identity."""
+
+    @property
+    def reserved(self) -> RequestBytes:
+        """What the requests being answered take at most."""
+        return self.needed()
 
     @property
     def nbytes(self) -> int:
@@ -160,13 +133,24 @@ class PromptCache(mlx_cache.LRUPromptCache):  # type: ignore[name-defined]
                 f"its KV cache takes up to {need.cache / 1e6:.1f} MB, and --prompt-cache-bytes "
                 f"allows {self.limit_bytes / 1e6:.1f} MB"
             )
-        free = self.memory_limit - mx.get_active_memory() + self.nbytes
+        free = self._free()
         if need.cache + need.work > free:
             return (
                 f"it takes up to {(need.cache + need.work) / 1e6:.1f} MB, and {free / 1e6:.1f} MB "
                 "of memory are left"
             )
         return None
+
+    def _free(self) -> int:
+        """Bytes that a request could have, were there no other."""
+        held = {**self._arrays(), **self.active()}
+        return self.memory_limit - mx.get_active_memory() + sum(held.values())
+
+    def has_room(self, need: RequestBytes) -> bool:
+        """Whether a request fits beside those that run, if nothing is cached."""
+        total = need + self.reserved
+        is_under_cap = self.limit_bytes is None or total.cache <= self.limit_bytes
+        return is_under_cap and total.cache + total.work <= self._free()
 
     def fetch_nearest_cache(
         self, model: Any, tokens: list[int]
@@ -175,23 +159,21 @@ class PromptCache(mlx_cache.LRUPromptCache):  # type: ignore[name-defined]
 
         Others are evicted so that the request fits.
         """
-        cache, rest = super().fetch_nearest_cache(model, tokens)
-        if cache is not None and not rest:
-            # mlx-lm cannot generate from an empty prompt
-            mlx_cache.trim_prompt_cache(cache, 1)
-            rest = tokens[-1:]
-        if cache is not None and not is_at(cache, len(tokens) - len(rest)):
-            cache, rest = self._fetch_untrimmed(model, tokens)
+        # mlx-lm cannot generate from an empty prompt
+        found = self._trie.search(model, tokens[:-1])
+        cache, n_tokens = None, 0
+        for name in (found.exact, found.shorter, found.longer):
+            if name:
+                held = self._trie.get(model, name).prompt_cache
+                n_shared = found.common_prefix if name is found.longer else len(name)
+                n_reached = reach(held, len(name), n_shared)
+                if n_reached > n_tokens:
+                    cache, n_held, n_tokens = held, len(name), n_reached
+        if cache is not None:
+            cache = copy.deepcopy(cache)
+            go_back(cache, n_held, n_tokens)
         self._make_room(arrays_held(cache or []), self.reserved)
-        return cache, rest
-
-    def _fetch_untrimmed(self, model: Any, tokens: list[int]) -> tuple[list[Any] | None, list[int]]:
-        """A copy of the longest cached prompt that this one begins with."""
-        result = self._trie.search(model, tokens[:-1])
-        name = result.exact or result.shorter
-        if not name:
-            return None, tokens
-        return copy.deepcopy(self._trie.get(model, name).prompt_cache), tokens[len(name) :]
+        return cache, tokens[n_tokens:]
 
     def insert_cache(
         self, model: Any, tokens: list[int], prompt_cache: list[Any], **kwargs: Any
@@ -200,11 +182,22 @@ class PromptCache(mlx_cache.LRUPromptCache):  # type: ignore[name-defined]
         tokens = _in_step(tokens, prompt_cache)
         logging.info(cache_text(prompt_cache))
         if tokens and is_at(prompt_cache, len(tokens)):
-            super().insert_cache(model, tokens, prompt_cache, **kwargs)
-        self._make_room({}, RequestBytes())
+            self._keep(model, tokens, prompt_cache, **kwargs)
+        self._make_room({}, self.reserved)
+
+    def _keep(self, model: Any, tokens: list[int], prompt_cache: list[Any], **kwargs: Any) -> None:
+        super().insert_cache(model, tokens, prompt_cache, **kwargs)
+
+    def trim_to(self, *, n_sequences: int | None = None, n_bytes: int | None = None) -> None:
+        """Evict conversations; how many bytes they may take is known here."""
+        if n_bytes is not None:
+            self._make_room({}, self.reserved)
+        if n_sequences is not None:
+            super().trim_to(n_sequences=n_sequences)
 
     def _make_room(self, active: dict[int, int], need: RequestBytes) -> None:
-        """Evict until the arrays that a request has, and what it will need, fit."""
+        """Evict until the arrays of requests, and what they will need, fit."""
+        active = {**self.active(), **active}
         cache = max(need.cache - sum(active.values()), 0)
         while len(self):
             held = sum({**self._arrays(), **active}.values())
@@ -213,6 +206,9 @@ class PromptCache(mlx_cache.LRUPromptCache):  # type: ignore[name-defined]
                 return
             self.trim_to(n_sequences=len(self) - 1)
             mx.clear_cache()
+
+    def close(self) -> None:
+        """Called when nothing will be asked any more."""
 
     def report(self) -> dict[str, Any]:
         """Bytes of the cached prompts, and the limits."""
@@ -229,23 +225,13 @@ class PromptCache(mlx_cache.LRUPromptCache):  # type: ignore[name-defined]
             "active_memory_bytes": mx.get_active_memory(),
             "peak_memory_bytes": mx.get_peak_memory(),
             "memory_limit_bytes": self.memory_limit,
+            "conversations": [entry.report() for entry in entries],
         }
 
 
 def is_at(caches: Sequence[Any], n_tokens: int) -> bool:
-    """Whether every layer can go on after ``n_tokens`` tokens.
-
-    A chunked layer may have dropped tokens of the chunk that a trim goes back to, and trims no
-    further than what it holds. State spaces count no tokens, and are never trimmed.
-    """
-    for cache in flatten(caches):
-        if getattr(cache, "offset", n_tokens) != n_tokens:
-            return False
-        if isinstance(cache, mlx_cache.ChunkedKVCache):
-            chunk = n_tokens // cache.chunk_size * cache.chunk_size
-            if cache.start_position > chunk:
-                return False
-    return True
+    """Whether every layer has seen ``n_tokens`` tokens; states count none."""
+    return all(getattr(cache, "offset", n_tokens) == n_tokens for cache in flatten(caches))
 
 
 def _in_step(tokens: list[int], caches: list[Any]) -> list[int]:

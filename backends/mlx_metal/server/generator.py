@@ -1,17 +1,14 @@
-"""What xkv adds to mlx-lm's server.
+"""The thread that answers the server's requests.
 
-Requests are served one at a time: each conversation has bases and ranks of its own, and prompts of
-a batch would all be dense at once before they are compressed.
+Prompts go through the model one at a time, layer by layer, so that no two are dense at once; their
+answers are decoded in one batch. What fits into memory alone, but not beside what runs, waits.
 """
 
 from __future__ import annotations
 
-import argparse
-import gc
 import logging
-import sys
 import threading
-from collections.abc import Callable, Sequence
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -19,107 +16,20 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from xkv.backends.mlx_metal.cli.commands import Command, run
+from xkv.backends.mlx_metal.cli.commands import replaced
 from xkv.backends.mlx_metal.model import borrowed
-from xkv.backends.mlx_metal.model.enable import disable
 from xkv.backends.mlx_metal.model.enabled import enabled_state, native_caches
 from xkv.backends.mlx_metal.server.answers import Answers
-from xkv.backends.mlx_metal.server.budget import PromptCache, RequestBytes
+from xkv.backends.mlx_metal.server.batches import Batches
+from xkv.backends.mlx_metal.server.budget import PromptCache
 from xkv.backends.mlx_metal.server.errors import RequestError, error_text
 from xkv.backends.mlx_metal.server.guard import AllowedModels
-from xkv.backends.mlx_metal.server.listening import is_loopback, server_class
-from xkv.backends.mlx_metal.server.messages import CountRequest, MessagesHandler, PromptCount
+from xkv.backends.mlx_metal.server.messages import CountRequest, PromptCount
+from xkv.backends.mlx_metal.server.need import RequestBytes
 from xkv.backends.mlx_metal.server.request import malformed_calls, wrap_arguments
-from xkv.cli.server_flags import API_KEY
 from xkv.errors import InputError
 
 mlx_server = borrowed.module("mlx_lm.server")
-
-
-def run_server(argv: Sequence[str] | None = None) -> None:
-    """mlx-lm's server over compressed caches."""
-    run("server", argv, command=Server())
-
-
-class Server(Command):
-    """mlx-lm's server, which keeps to its memory and answers every request."""
-
-    def take(self, args: argparse.Namespace) -> None:
-        super().take(args)
-        # mlx-lm's own call does nothing when there is a handler already
-        logging.basicConfig(
-            level=args.log_level, format="%(asctime)s - %(levelname)s - %(message)s", force=True
-        )
-
-    def replacements(self, module: Any) -> dict[str, Any]:
-        return {
-            **super().replacements(module),
-            "LRUPromptCache": lambda size: PromptCache(size, self.args.prompt_cache_bytes),
-            "ModelProvider": lambda args: Models(args, self),
-            "ResponseGenerator": Generator,
-            "_run_http_server": _serving(module._run_http_server),
-            "make_sampler": flat_tokens(module.make_sampler),
-        }
-
-
-def _serving(original: Callable[..., None]) -> Callable[..., None]:
-    """``_run_http_server`` with our handler, once the model is loaded."""
-
-    def _run_http_server(host: str, port: int, generator: Generator) -> None:
-        try:
-            generator.wait_until_loaded()
-            args = generator.cli_args
-            if args.api_key is None and not is_loopback(host):
-                print(
-                    f"Warning: whoever reaches {host}:{port} may ask this server: give it an "
-                    f"--api-key, or {API_KEY}",
-                    file=sys.stderr,
-                )
-            classes = {
-                "server_class": server_class(args.max_connections),
-                "handler_class": MessagesHandler,
-            }
-            original(host, port, generator, **classes)
-        except OSError as error:
-            raise InputError(
-                f"cannot listen on {host}:{port}: {error}; try another --port"
-            ) from error
-        finally:
-            generator.stop_and_join()
-
-    return _run_http_server
-
-
-def flat_tokens(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``make_sampler`` that takes lists among XTC's tokens, as mlx-lm up to 0.31 gives them."""
-
-    def make_sampler(*args: Any, xtc_special_tokens: Sequence[Any], **kwargs: Any) -> Any:
-        lists = (x if isinstance(x, list) else [x] for x in xtc_special_tokens)
-        return original(*args, xtc_special_tokens=[x for y in lists for x in y], **kwargs)
-
-    return make_sampler
-
-
-class Models(mlx_server.ModelProvider):  # type: ignore[name-defined]
-    """mlx-lm's models, of which ours lets go together with it."""
-
-    def __init__(self, args: argparse.Namespace, command: Server) -> None:
-        super().__init__(args)
-        self._command = command
-
-    def _load(self, *args: Any) -> None:
-        while self._command.models:
-            disable(self._command.models.pop())
-        # before the next one is loaded; mlx-lm up to 0.31 leaves it to Python's collector
-        self.model_key = self.model = self.tokenizer = self.draft_model = None
-        gc.collect()
-        super()._load(*args)
-
-    def load(self, model_path: str, *args: Any) -> Any:
-        try:
-            return super().load(model_path, *args)
-        except Exception as error:
-            raise RequestError(404, str(error), "model_not_found") from error
 
 
 class Generator(mlx_server.ResponseGenerator):  # type: ignore[name-defined]
@@ -127,12 +37,19 @@ class Generator(mlx_server.ResponseGenerator):  # type: ignore[name-defined]
 
     prompt_cache: PromptCache
 
-    def __init__(self, model_provider: Models, prompt_cache: PromptCache) -> None:
+    def __init__(self, model_provider: Any, prompt_cache: PromptCache) -> None:
         self._is_ready = threading.Event()
         self._load_error: Exception | None = None
         self._vocabulary: tuple[Any, int] = None, 0
         """Size by the key of the models."""
         self.allowed = AllowedModels.of(model_provider.cli_args)
+        self._held: Any = None
+        """A request that waits for memory."""
+        self._starting: Answers | None = None
+        """The request that is about to run, in a batch or alone."""
+        self._batches: Batches | None = None
+        self._open: weakref.WeakSet[Answers] = weakref.WeakSet()
+        prompt_cache.needed, prompt_cache.active = self._needed, self._active
         super().__init__(model_provider, prompt_cache)
 
     def generate(self, request: Any, generation_args: Any, *args: Any) -> Any:
@@ -157,24 +74,100 @@ class Generator(mlx_server.ResponseGenerator):  # type: ignore[name-defined]
             return
         finally:
             self._is_ready.set()
-        super()._generate()
+        prompt_cache = self.prompt_cache
+        try:
+            with replaced(mlx_server, {"BatchGenerator": self._new_batches}):
+                while self._is_cut_off():
+                    pass
+        finally:
+            prompt_cache.close()
+
+    def _is_cut_off(self) -> bool:
+        """Answer requests until the server ends, or mlx-lm's loop does by an error of its own."""
+        try:
+            super()._generate()
+        except Exception as error:
+            if self._is_distributed:
+                raise
+            logging.exception("the generation stopped; requests that ran get an error")
+            self._batches = self._starting = None
+            for answers in list(self._open):
+                answers.put(error)
+            return True
+        return False
+
+    def _new_batches(self, *args: Any, **kwargs: Any) -> Batches:
+        self._batches = Batches(self._take_starting, self._keep, *args, **kwargs)
+        return self._batches
+
+    def _take_starting(self) -> Answers:
+        taken, self._starting = self._starting, None
+        assert taken is not None
+        return taken
+
+    def _keep(self, tokens: list[int], cache: list[Any]) -> None:
+        self.prompt_cache.insert_cache(self.model_provider.model_key, tokens, cache)
+
+    def _needed(self) -> RequestBytes:
+        running = [] if self._batches is None else list(self._batches.answers.values())
+        starting = [] if self._starting is None else [self._starting]
+        return sum((answers.need for answers in (*starting, *running)), RequestBytes())
+
+    def _active(self) -> dict[int, int]:
+        return {} if self._batches is None else self._batches.arrays()
 
     def _next_request(self, *args: Any, **kwargs: Any) -> Any:
-        taken = super()._next_request(*args, **kwargs)
+        if self._held is None:
+            self._held = self._taken(super()._next_request(*args, **kwargs))
+        if self._held is None or self._waits(*self._held):
+            return None
+        taken, self._held = self._held, None
+        return taken
+
+    def _taken(self, taken: Any) -> Any:
         if taken is None:
             return None
         queue, request, wanted = taken
         answers = Answers(queue, wanted, lambda: self.model_provider.tokenizer)
+        request.answers, request.tokenized = answers, None
+        self._open.add(answers)
         # mlx-lm looks for stop strings among tokens, and misses those that begin inside one
         return answers, request, replace(wanted, stop_words=[])
+
+    def _waits(self, answers: Answers, request: Any, args: Any) -> bool:
+        """Whether a request has to wait until others have ended."""
+        is_busy = self._batches is not None and self._batches.answers
+        key = self.model_provider.model_key
+        if not is_busy or self._is_distributed or self._key_of(args.model) != key:
+            return False
+        try:
+            request.tokenized = self._tokenize(self.model_provider.tokenizer, request, args)
+        except Exception:
+            # and again, where the client is told
+            return False
+        finally:
+            self._starting = None
+        return not self.prompt_cache.has_room(answers.need)
+
+    def _key_of(self, models: Any) -> Any:
+        """The key by which mlx-lm knows a request's models."""
+        provider: Any = self.model_provider
+        return (
+            provider._model_map.get(models.model, models.model),
+            provider._adapter_map.get(models.model, models.adapter),
+            provider._draft_model_map.get(models.draft, models.draft),
+        )
 
     def _serve_single(self, request: Any, *args: Any) -> None:
         answers, *_ = request
         answers.is_alone = True
         super()._serve_single(request, *args)
-        self.prompt_cache.reserved = RequestBytes()
+        self._starting = None
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        self._starting = request.answers
+        if request.tokenized is not None:
+            return request.tokenized
         self._fit_vocabulary(request, args)
         malformed = malformed_calls(request.messages)
         try:
@@ -189,7 +182,7 @@ class Generator(mlx_server.ResponseGenerator):  # type: ignore[name-defined]
             raise RequestError(400, "the prompt is empty")
         if isinstance(request, CountRequest):
             raise PromptCount(len(prompt))
-        self.prompt_cache.reserved = self._admit(len(prompt), args.max_tokens)
+        request.answers.need = self._admit(len(prompt), args.max_tokens)
         return tokenized
 
     def _tokenized(self, tokenizer: Any, request: Any, args: Any, malformed: Any) -> Any:
@@ -239,7 +232,7 @@ class Generator(mlx_server.ResponseGenerator):  # type: ignore[name-defined]
         for model in (provider.model, provider.draft_model):
             enabled = None if model is None else enabled_state(model)
             if enabled is not None:
-                is_layerwise = provider.draft_model is None
+                is_layerwise = enabled.plan.probe.why_not_layerwise is None
                 need += RequestBytes.of(enabled, n_prompt, n_answer, is_layerwise)
         why_not = self.prompt_cache.why_not(need)
         if why_not is not None:
@@ -253,7 +246,9 @@ class Generator(mlx_server.ResponseGenerator):  # type: ignore[name-defined]
 
     def memory(self) -> dict[str, Any]:
         """What ``GET /xkv/memory`` answers."""
-        models: Any = (self.model_provider.model, self.model_provider.draft_model)
+        provider: Any = self.model_provider
+        models = provider.model, provider.draft_model
         weights: list[Any] = [tree_flatten(model.parameters()) for model in models if model]
         model_bytes = sum(x.nbytes for parameters in weights for _, x in parameters)
-        return {**self.prompt_cache.report(), "model_bytes": model_bytes}
+        drafts = {} if models[1] is None else {"drafts": provider.drafts.report()}
+        return {**self.prompt_cache.report(), **drafts, "model_bytes": model_bytes}
