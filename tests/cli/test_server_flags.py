@@ -42,8 +42,19 @@ def test_key_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> N
         ["--request-timeout", "0"],
         ["--request-timeout", "nan"],
         ["--request-timeout", "inf"],
+        ["--prompt-cache-dir", ""],
+        ["--prompt-cache-dir", "d", "--prompt-cache-disk-bytes", "0"],
     ],
 )
 def test_flags_that_guard_nothing_are_refused(flags: list[str]) -> None:
     with pytest.raises(InputError, match=" must be "):
         parsed(*flags)
+
+
+def test_bytes_on_disk_need_a_folder() -> None:
+    assert parsed().prompt_cache_dir is None
+    assert parsed("--prompt-cache-dir", "d").prompt_cache_disk_bytes == 10_000_000_000
+    flags = ["--prompt-cache-dir", "d", "--prompt-cache-disk-bytes", "5"]
+    assert parsed(*flags).prompt_cache_disk_bytes == 5
+    with pytest.raises(InputError, match="--prompt-cache-disk-bytes needs a folder"):
+        parsed("--prompt-cache-disk-bytes", "5")

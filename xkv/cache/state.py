@@ -97,6 +97,28 @@ def write_layer(layer: LayerCache, rope: Rope | None) -> list[Array]:
     return [cache.backend.from_numpy(text), *arrays.values()]
 
 
+def growing_rows(state: Sequence[Array], backend: Backend) -> dict[int, tuple[int, int]]:
+    """Which arrays of a layer's state later tokens only add rows to.
+
+    Args:
+        state: From :func:`write_layer`.
+        backend: Of its arrays.
+
+    Returns:
+        By the array's place in the state: the axis of its rows, and how many are in use. One that
+        is cut to these is as good.
+    """
+    about = json.loads(backend.to_numpy(state[0]).tobytes())
+    n_dense = {name: rows[0] for name, rows in zip(("keys", "values"), about["rows"], strict=True)}
+    found = {}
+    for place, name in enumerate(about["arrays"], 1):
+        if ".latent." in name:
+            found[place] = 1, about["n_segment"]
+        elif name in n_dense and not about["n_segment"]:
+            found[place] = 2, n_dense[name]
+    return found
+
+
 FindBasis = Callable[[Backend, "str | None", tuple[tuple[int, ...], ...], str], ModelBasis]
 """Finds a calibration by its model's fingerprint, its groups and its name."""
 

@@ -10,9 +10,13 @@ from xkv.errors import InputError
 API_KEY = "XKV_API_KEY"
 """The environment variable for ``--api-key``; the command line is in every list of processes."""
 
+DISK_BYTES = 10_000_000_000
+"""Of ``--prompt-cache-disk-bytes``, if it is left out."""
+
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
-    """Add a group of flags: who may ask the server, for what, and how much at a time."""
+    """Add flags: who may ask the server, for what, and how much at a time; what is kept on disk."""
+    _add_disk_flags(parser)
     guard = parser.add_argument_group("guard")
     guard.add_argument(
         "--api-key",
@@ -48,6 +52,21 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_disk_flags(parser: argparse.ArgumentParser) -> None:
+    disk = parser.add_argument_group("conversations on disk")
+    disk.add_argument(
+        "--prompt-cache-dir",
+        metavar="DIR",
+        help="folder in which conversations survive the server (default: none)",
+    )
+    disk.add_argument(
+        "--prompt-cache-disk-bytes",
+        type=int,
+        metavar="N",
+        help=f"most bytes of all files in it (default: {DISK_BYTES})",
+    )
+
+
 def check_server_flags(args: argparse.Namespace) -> None:
     """Check the flags of :func:`add_server_flags`, and read the key from the environment.
 
@@ -60,6 +79,18 @@ def check_server_flags(args: argparse.Namespace) -> None:
             raise InputError(f"{flag} {vars(args)[name]} must be at least 1")
     if not 0 < args.request_timeout < float("inf"):
         raise InputError(f"--request-timeout {args.request_timeout:g} must be above 0 seconds")
+    if args.prompt_cache_disk_bytes is None:
+        args.prompt_cache_disk_bytes = DISK_BYTES
+    elif args.prompt_cache_dir is None:
+        raise InputError(
+            "--prompt-cache-disk-bytes needs a folder: give it with --prompt-cache-dir"
+        )
+    if args.prompt_cache_dir == "":
+        raise InputError("--prompt-cache-dir must be the name of a folder")
+    if args.prompt_cache_disk_bytes < 1:
+        raise InputError(
+            f"--prompt-cache-disk-bytes {args.prompt_cache_disk_bytes} must be at least 1"
+        )
     if args.api_key is None:
         args.api_key = os.environ.get(API_KEY)
     if args.api_key is not None and not _is_word(args.api_key):
