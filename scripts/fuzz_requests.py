@@ -91,6 +91,7 @@ class Kind(NamedTuple):
         leaves: Whether the client goes without reading its answer.
         may_close: Whether there is nothing to answer.
         has_no_body: Whether the answer is a status only.
+        is_message: Whether an error is told in Anthropic's form.
     """
 
     name: str
@@ -99,6 +100,7 @@ class Kind(NamedTuple):
     leaves: bool = False
     may_close: bool = False
     has_no_body: bool = False
+    is_message: bool = False
 
 
 def post(body: bytes, path: str = CHAT, *headers: str, n_bytes: Any = None) -> bytes:
@@ -129,14 +131,20 @@ def changed(body: Any, place: tuple[Any, ...], *value: Any) -> Any:
     return body
 
 
+def changes(full: Any, path: str, prefix: str = "", **options: bool) -> Iterator[Kind]:
+    """Each value of a request left out, and replaced by every odd one."""
+    for place in places(full):
+        name = prefix + ".".join(map(str, place))
+        body = json.dumps(changed(full, place)).encode()
+        yield Kind(f"{name} left out", post(body, path), **options)
+        for label, value in VALUES.items():
+            body = json.dumps(changed(full, place, value)).encode()
+            yield Kind(f"{name} {label}", post(body, path), **options)
+
+
 def field_kinds() -> Iterator[Kind]:
     """Each value of a chat replaced by every odd one, left out, and put in by itself."""
-    for place in places(FULL):
-        name = ".".join(map(str, place))
-        yield Kind(f"{name} left out", post(json.dumps(changed(FULL, place)).encode()))
-        for label, value in VALUES.items():
-            body = json.dumps(changed(FULL, place, value)).encode()
-            yield Kind(f"{name} {label}", post(body))
+    yield from changes(FULL, CHAT)
     for label, value in VALUES.items():
         yield Kind(f"prompt {label}", post(json.dumps({"prompt": value}).encode(), TEXT))
         tokens = json.dumps({"prompt": [5, value]}).encode()

@@ -21,6 +21,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
+from scripts.fuzz_messages import message_kinds
 from scripts.fuzz_requests import Kind, kinds
 from tests.serving import ANSWER, CHAT, MESSAGES, Server
 
@@ -80,15 +81,20 @@ def judged(kind: Kind, answer: bytes) -> Outcome:
     if status < 400:
         failure = f"an error after {status}: {body[:200]!r}" if b'"error"' in body else None
         return Outcome(str(status), failure)
-    return Outcome(str(status), None if kind.has_no_body else no_sentence(body))
+    return Outcome(str(status), None if kind.has_no_body else no_sentence(body, kind.is_message))
 
 
-def no_sentence(body: bytes) -> str | None:
-    """What is wrong with an error's body, if anything is."""
+def no_sentence(body: bytes, is_message: bool = False) -> str | None:
+    """What is wrong with an error's body, if anything is; a message's is in Anthropic's form."""
+    owner = "Anthropic's" if is_message else "OpenAI's"
     try:
-        message = json.loads(body)["error"]["message"]
+        content = json.loads(body)
+        message = content["error"]["message"]
+        is_formed = (content.get("type") == "error") == is_message
     except (ValueError, KeyError, TypeError):
-        return f"an error that is not in OpenAI's form: {body[:200]!r}"
+        is_formed = False
+    if not is_formed:
+        return f"an error that is not in {owner} form: {body[:200]!r}"
     return None if " " in message else f"an error that is no sentence: {message!r}"
 
 
@@ -140,7 +146,7 @@ def fuzz(chosen: list[Kind], every: int, flags: list[str]) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     args, flags = setup_arg_parser().parse_known_args(argv)
-    chosen = list(kinds(TIMEOUT_S))
+    chosen = [*kinds(TIMEOUT_S), *message_kinds()]
     if args.kinds is not None:
         chosen = Random(args.seed).sample(chosen, min(args.kinds, len(chosen)))
     summary = fuzz(chosen, args.every, flags)

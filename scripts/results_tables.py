@@ -22,6 +22,7 @@ from scripts.results_cells import (
     plain,
     small,
 )
+from scripts.results_server import batches, prefixes
 from xkv.cli.record import Record
 from xkv.evaluation.kl_summary import MEAN
 from xkv.evaluation.summary import CAN_DO
@@ -266,6 +267,8 @@ TABLES: dict[str, Callable[[Record], list[str]]] = {
     "hits": hits,
     "decode": decode,
     "prefill": prefill,
+    "prefixes": prefixes,
+    "batches": batches,
     "fidelity": fidelity,
     "first_run": first_run,
     "doctor": doctor,

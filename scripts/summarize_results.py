@@ -33,6 +33,8 @@ TITLES = {
     "hits": "Tasks through a cache hit",
     "decode": "Decode attention",
     "prefill": "Prefill",
+    "prefixes": "Beginnings on disk",
+    "batches": "Conversations in one batch",
     "first_run": "First commands",
     "fidelity": "Error of attention",
     "doctor": "Machines",

@@ -39,6 +39,17 @@ ROWS = {
         {"caches": "knee", "tokens": 512, **XKV, "held_ratio": 4.1, "output_error": 0.0123}
         | {"logit_error": 0.2, "seconds": 3.0}
     ],
+    "prefixes": [
+        {"tokens": 4096, "side": "computed again", "run": 1, "seconds": 2.5},
+        {"tokens": 4096, "side": "read from disk", "run": 1, "seconds": 0.25}
+        | {"bytes": 2_500_000, "write_seconds": 0.5},
+    ],
+    "batches": [
+        {"sequences": 4, "tokens": 2048, "method": "full", "ratio": None, "run": i}
+        | {"seconds": seconds}
+        | {"decode_tps": 40.25, "held_bytes": 38_000_000}
+        for i, seconds in enumerate((9.5, 8.0, 8.25))
+    ],
     "first_run": [
         {"command": "python -m xkv.generate", "openblas": "no", "run": i + 1, "seconds": seconds}
         for i, seconds in enumerate((9.5, 8.25))
@@ -55,6 +66,8 @@ SHOWN = {
     "decode": "| 8,192 | full | 1.07 | 4.3 | 96 | 16.1 |",
     "prefill": "| 600 | xKV | 3.0 | 2.0 | 1.5 | 1.2 | 2.0 | – |",
     "fidelity": "| knee | 512 | xKV at 4x | 4.10 x | 0.0123 | 0.200 | 3.0 |",
+    "prefixes": "| 4,096 | read from disk | 0.250 | 0.250 | 2.5 | 0.500 |",
+    "batches": "| 4 | 2,048 | full | 40.2 | 8.2 | 38.0 |",
     "first_run": "| python -m xkv.generate | no | 8.2 | 9.5, 8.2 |",
     "doctor": "| attention | one layer | – | 8,192 | – | – | – | needs 80 GB |",
 }

@@ -34,11 +34,13 @@ NOT_RUN = {
     r"-m xkv\.(calibrate|doctor|evaluate|inspect|parity)\b": "takes a minute; it has its own tests",
     r"-m scripts\.real_model\b": "downloads a model",
     r"scripts/(bench_gpu|check_gpu|parity_gpu)\.": "is for a GPU",
-    r"scripts[./]bench_(decode|fidelity|first_run|prefill)\b": "takes minutes",
+    r"scripts[./]bench_(batches|decode|fidelity|first_run|prefill|prefixes)\b": "takes minutes",
     r"scripts[./](calibrate_tiny|eval_turns|golden_tokens)\b": "takes minutes",
-    r"scripts[./](fuzz_server|serve_traffic)\b": "takes minutes",
+    r"scripts[./](fuzz_server|soak_server)\b": "takes minutes",
     r"scripts[./](support_table|talk_mlx|talk_torch|train_tiny|try_everything)\b": "takes minutes",
     r"scripts[./](add_result|summarize_results)\b": "changes files of the project",
+    r"scripts[./]mlx_lm_tests\b": "needs a checkout of mlx-lm",
+    r"scripts/try_vlm\.": "makes an environment",
 }
 """Why others do not; their flags are parsed all the same."""
 
@@ -152,7 +154,7 @@ def parse(name: str, module: Any, words: list[str], monkeypatch: pytest.MonkeyPa
     if not hasattr(module, "setup_arg_parser"):
         assert not words, f"{name} takes no flags"
         return
-    if name in ("scripts.serve_traffic", "scripts.fuzz_server"):
+    if name in ("scripts.soak_server", "scripts.fuzz_server"):
         _, words = module.setup_arg_parser().parse_known_args(words)
         parse("xkv.server", importlib.import_module("xkv.server"), words, monkeypatch)
         return
@@ -219,7 +221,7 @@ def test_broken_example_fails(text, error, message, place):
         ("    python -m xkv.evaluate \\\n      --methods xkw\n", "--methods xkw is refused"),
         ("    python -m xkv.server --port many\n", "many is refused"),
         ("    python -m xkv.server --group-size 0 --compression 2\n", "2 is refused"),
-        ("    python -m scripts.serve_traffic --no-such-flag\n", "is refused"),
+        ("    python -m scripts.soak_server --no-such-flag\n", "is refused"),
         ("    python -m scripts.support_table now\n", "takes no flags"),
         ("    python -m xkv.generate --compression 1\n", "exit code 2"),
         ("    python -m xkv.plan --memory much && true\n", "exit code 2"),

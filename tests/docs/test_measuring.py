@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from scripts import bench_decode, bench_fidelity, bench_first_run, bench_prefill
+from scripts import bench_decode, bench_fidelity, bench_first_run, bench_prefill, bench_prefixes
 from scripts.bench_first_run import Case
 from scripts.fidelity_points import Point
 from scripts.results_tables import TABLES
@@ -56,6 +56,18 @@ def test_prefill_record_holds_what_was_printed(tmp_path, monkeypatch, capsys):
         )
         assert row["low_seconds"] <= row["seconds"] <= row["high_seconds"]
     assert record.model == "random weights, 2 layers, hidden size 64, 2 KV heads of 32"
+
+
+def test_prefixes_record_holds_what_was_printed(tmp_path, monkeypatch, capsys):
+    flags = ["--tokens", "500", "--runs", "2"]
+    record = record_of(bench_prefixes, tmp_path / "x.json", monkeypatch, *flags)
+    printed = capsys.readouterr().out
+    assert [row["side"] for row in record.rows] == 2 * ["computed again", "read from disk"]
+    assert {row["tokens"] for row in record.rows} == {500}
+    for again, found in zip(record.rows[::2], record.rows[1::2], strict=True):
+        times = (f"{row['side']} {row['seconds']:.3f} s" for row in (again, found))
+        assert ", ".join(times) in printed
+    assert f"500 tokens, {found['bytes'] / 1e6:.2f} MB on disk" in printed
 
 
 def test_fidelity_record_holds_its_points(tmp_path, monkeypatch, capsys):

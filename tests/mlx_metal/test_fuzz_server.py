@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from scripts import fuzz_server
+from scripts.fuzz_messages import COUNT, MESSAGE, message_kinds
 from scripts.fuzz_requests import Kind, kinds
 from tests.serving import ANSWER
 
@@ -30,9 +31,13 @@ def test_malformed_requests_of_many_kinds_are_answered(
 
 
 def test_kinds_are_many_and_named() -> None:
-    names = [kind.name for kind in kinds(4)]
-    assert len(names) > 1500
+    chosen = [*kinds(4), *message_kinds()]
+    names = [kind.name for kind in chosen]
+    assert len(names) > 5000
     assert len(set(names)) == len(names)
+    for path in (MESSAGE, COUNT):
+        asked = [x for x in chosen if x.request.startswith(f"POST {path} ".encode())]
+        assert len(asked) > 1500 and all(x.is_message for x in asked)
 
 
 GOOD_ERROR = b'{"error": {"message": "it is wrong"}}'
@@ -57,6 +62,22 @@ GOOD_ERROR = b'{"error": {"message": "it is wrong"}}'
 def test_every_answer_can_fail(answer: bytes, status: str, fails: bool) -> None:
     outcome = fuzz_server.judged(Kind("a", b""), answer)
     assert outcome.status == status
+    assert (outcome.failure is not None) == fails
+
+
+@pytest.mark.parametrize(
+    ("is_message", "body", "fails"),
+    [
+        (True, b'{"type": "error", "error": {"message": "it is wrong"}}', False),
+        (True, GOOD_ERROR, True),
+        (False, b'{"type": "error", "error": {"message": "it is wrong"}}', True),
+        (True, b'{"type": "error", "error": {"message": "wrong"}}', True),
+        (True, b'["type"]', True),
+    ],
+)
+def test_error_is_in_the_form_of_its_path(is_message: bool, body: bytes, fails: bool) -> None:
+    kind = Kind("a", b"", is_message=is_message)
+    outcome = fuzz_server.judged(kind, b"HTTP/1.0 400 Bad\r\n\r\n" + body)
     assert (outcome.failure is not None) == fails
 
 

@@ -65,6 +65,16 @@ KINDS = {
             f"caches=text tokens=count {_METHOD}",
             "held_ratio=number output_error=number logit_error=number seconds=number",
         ),
+        (
+            "prefixes",
+            "tokens=count side=text run=count",
+            "seconds=number bytes=count? write_seconds=number?",
+        ),
+        (
+            "batches",
+            f"sequences=count tokens=count {_METHOD} run=count",
+            "seconds=number decode_tps=number held_bytes=count",
+        ),
         ("first_run", "command=text openblas=text run=count", "seconds=number"),
         (
             "doctor",

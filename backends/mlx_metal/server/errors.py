@@ -8,6 +8,7 @@ from http import HTTPStatus
 from xkv.errors import InputError
 
 MEMORY_PATH = "/xkv/memory"
+STATUS_PATH = "/xkv"
 MESSAGES_PATH = "/v1/messages"
 COUNT_PATH = "/v1/messages/count_tokens"
 MODELS_PATH = "/v1/models"
@@ -15,7 +16,7 @@ MODELS_PATH = "/v1/models"
 _MESSAGES = {
     HTTPStatus.BAD_REQUEST: "the request must be a JSON object",
     HTTPStatus.NOT_FOUND: "no such path; there are /v1/chat/completions, /v1/completions, "
-    f"{MESSAGES_PATH}, {COUNT_PATH}, {MODELS_PATH}, /health and {MEMORY_PATH}",
+    f"{MESSAGES_PATH}, {COUNT_PATH}, {MODELS_PATH}, /health, {STATUS_PATH} and {MEMORY_PATH}",
     HTTPStatus.LENGTH_REQUIRED: "the request has no Content-Length",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import hmac
 import io
 import json
@@ -22,8 +23,14 @@ _SHOWN = 200
 """Characters of what a client sent, in a message."""
 
 
-def check_key(key: str | None, headers: Message) -> None:
+def check_key(key: str | None, headers: Message, is_page: bool = False) -> None:
     """Refuse a request that does not have the key; with None everybody may ask.
+
+    Args:
+        key: The server's.
+        headers: Of the request.
+        is_page: Whether a browser may give the key as a password that it asks for. It would send
+            that for other sites' pages too, so only where nothing is done.
 
     Raises:
         RequestError: With status 401.
@@ -32,13 +39,23 @@ def check_key(key: str | None, headers: Message) -> None:
         return
     scheme, _, token = (headers.get("Authorization") or "").partition(" ")
     given = [token.strip() if scheme.lower() == "bearer" else "", headers.get("x-api-key") or ""]
+    if is_page and scheme.lower() == "basic":
+        given.append(_password(token))
     # every one is compared, in constant time
     found = [hmac.compare_digest(x.encode(errors="replace"), key.encode()) for x in given]
     if not any(found):
         message = "the server has a key: send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'"
         error = RequestError(HTTPStatus.UNAUTHORIZED, message, "invalid_api_key")
-        error.headers["WWW-Authenticate"] = "Bearer"
+        error.headers["WWW-Authenticate"] = 'Basic realm="xkv"' if is_page else "Bearer"
         raise error
+
+
+def _password(credentials: str) -> str:
+    """The password of ``Authorization: Basic``, whatever the user is called."""
+    try:
+        return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
+    except ValueError:
+        return ""
 
 
 def read_body(headers: Message, stream: io.BufferedIOBase, most_bytes: int) -> bytes:

@@ -16,11 +16,14 @@ from xkv.backends.mlx_metal.server.answers import Answer
 from xkv.backends.mlx_metal.server.errors import (
     MEMORY_PATH,
     MODELS_PATH,
+    STATUS_PATH,
     ClientGone,
     RequestError,
 )
 from xkv.backends.mlx_metal.server.listening import GuardedRequests
 from xkv.backends.mlx_metal.server.request import checked
+from xkv.backends.mlx_metal.server.status import POLICY, page
+from xkv.backends.mlx_metal.server.traffic import Served
 
 mlx_server = borrowed.module("mlx_lm.server")
 
@@ -39,8 +42,8 @@ class _Client:
         """Why the answer ended."""
         self.stop: str | None = None
         """The stop string that it ended at."""
-        self.context: Any = None
-        """mlx-lm's, of the request that is being answered."""
+        self.served = Served()
+        """The request that is being answered."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._generator, name)
@@ -50,12 +53,14 @@ class _Client:
             self._check()
             progress_callback(done, total)
 
-        self.context, answers = self._generator.generate(request, args, progress)
-        return self.context, self._checked(answers)
+        context, answers = self._generator.generate(request, args, progress)
+        self.served.begin(context)
+        return context, self._checked(answers)
 
     def _checked(self, answers: Iterator[Answer]) -> Iterator[Answer]:
         for answer in answers:
             self._check()
+            self.served.token()
             self.end, self.stop = answer.end, answer.stop
             if answer.entry is not None:
                 self._entries.append(answer.entry)
@@ -149,8 +154,10 @@ class Handler(GuardedRequests, mlx_server.APIHandler):  # type: ignore[name-defi
         return response
 
     def handle_completion(self, *args: Any) -> None:
+        client: Any = self.response_generator
         try:
-            super().handle_completion(*args)
+            with self.server.traffic.request() as client.served:
+                super().handle_completion(*args)
         except ConnectionError:
             raise
         except Exception as error:
@@ -159,10 +166,26 @@ class Handler(GuardedRequests, mlx_server.APIHandler):  # type: ignore[name-defi
     def do_GET(self) -> None:
         with self._answering_errors(500):
             if self.path == MEMORY_PATH:
-                memory: Any = self.response_generator
-                self._answer(200, memory.memory())
+                self._answer(200, self._report())
+            elif self.path == STATUS_PATH:
+                self._answer_page()
             else:
                 super().do_GET()
+
+    def _report(self) -> dict[str, Any]:
+        generator: Any = self.response_generator
+        return {**generator.memory(), "requests": self.server.traffic.report()}
+
+    def _answer_page(self) -> None:
+        generator: Any = self.response_generator
+        body = page(self._report(), generator.allowed.shown).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Security-Policy", POLICY)
+        self.send_header("Cache-Control", "no-store")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     def end_headers(self) -> None:
         self._has_begun = True

@@ -13,13 +13,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.client import HTTPMessage
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from xkv.backends.mlx_metal.server.errors import RequestError
+from xkv.backends.mlx_metal.server.errors import STATUS_PATH, RequestError
 from xkv.backends.mlx_metal.server.guard import Timed, check_key, read_body, refusal
+from xkv.backends.mlx_metal.server.traffic import Traffic
 
 _OPEN_PATH = "/health"
 """Answered without a key."""
@@ -60,7 +61,8 @@ class GuardedRequests(BaseHTTPRequestHandler):
         args = self.response_generator.cli_args
         try:
             if self.command != "OPTIONS" and self.path != _OPEN_PATH:
-                check_key(args.api_key, self.headers)
+                is_page = (self.command, self.path) == ("GET", STATUS_PATH)
+                check_key(args.api_key, self.headers, is_page)
             if self.command == "POST":
                 self.rfile = io.BytesIO(read_body(self.headers, self.rfile, args.max_body_bytes))
         except RequestError as error:
@@ -83,9 +85,12 @@ class GuardedServer(ThreadingHTTPServer):
 
     request_queue_size = 128
     max_connections = 64
+    at_end: Callable[[], None]
+    """Called when everything is answered, before the process ends."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.traffic = Traffic()
         self._places = threading.Semaphore(self.max_connections)
         self._n_open = 0
         self._is_ending = False
@@ -161,6 +166,7 @@ class GuardedServer(ThreadingHTTPServer):
             with self._changed:
                 self._changed.wait_for(lambda: not self._answering)
         if self._is_ending:
+            self.at_end()
             # Python may abort where it stops clients' threads by itself
             os._exit(0)
 
@@ -194,9 +200,11 @@ def _crowded(max_connections: int) -> bytes:
     return head.encode() + body
 
 
-def server_class(most: int) -> type[GuardedServer]:
-    """A class of servers with this many places."""
-    return type("Server", (GuardedServer,), {"max_connections": most})
+def server_class(most: int, at_end: Callable[[], None]) -> type[GuardedServer]:
+    """A class of servers with this many places, which call ``at_end`` after the last answer."""
+    return type(
+        "Server", (GuardedServer,), {"max_connections": most, "at_end": staticmethod(at_end)}
+    )
 
 
 def is_loopback(host: str) -> bool:

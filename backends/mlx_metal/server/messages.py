@@ -75,7 +75,8 @@ class MessagesHandler(Handler):
 
     def _started(self) -> dict[str, Any]:
         """The answer before its first token."""
-        context = self.response_generator.context
+        client: Any = self.response_generator
+        context = client.served.context
         usage = usage_of(len(context.prompt), 0, context.prompt_cache_count)
         return empty_message(self.request_id, self.requested_model, usage)
 
