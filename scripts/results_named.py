@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from scripts.results_cells import NONE, Row, by, grid, held, kl_name, percent, plain, small
 from scripts.results_server import batches, prefixes
@@ -90,14 +89,13 @@ def all_tasks(record: Record) -> str:
     return "\n".join(tasks(record))
 
 
-def _of_models(make: Callable[[Record], list[str]], *records: Record) -> str:
-    """A table a record, with its model before it."""
-    parts = [f"{plain(x.model)}, {part}" for x in records for part in ["\n".join(make(x))]]
+def all_hits(*records: Record) -> str:
+    parts = [f"{plain(x.model)}, {part}" for x in records for part in ["\n".join(hits(x))]]
     return "\n".join(parts)
 
 
-all_hits = partial(_of_models, hits)
-all_batches, all_prefixes = partial(_of_models, batches), partial(_of_models, prefixes)
+def all_prefixes(*records: Record) -> str:
+    return "\n".join(line for x in records for line in (f"{plain(x.model)}:\n", *prefixes(x)))
 
 
 def counted_decode(record: Record) -> str:
@@ -155,9 +153,7 @@ NAMED = {
     ),
     "prefill": NamedTable(lambda x: "\n".join(prefill(x)), ("prefill.json",), "prefill"),
     "first-run": NamedTable(lambda x: "\n".join(first_run(x)), ("first-run.json",), "first_run"),
-    "batches": NamedTable(
-        all_batches, ("batches-bundled.json", "batches-smollm2.json"), "batches"
-    ),
+    "batches": NamedTable(lambda x: "\n".join(batches(x)), ("batches-bundled.json",), "batches"),
     "prefixes": NamedTable(
         all_prefixes, ("prefixes-bundled.json", "prefixes-smollm2.json"), "prefixes"
     ),
