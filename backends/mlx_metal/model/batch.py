@@ -199,6 +199,7 @@ class XKVBatch(mlx_cache._BaseCache, AttendingCache):  # type: ignore[name-defin
 
     def extend(self, other: XKVBatch) -> None:
         """Take another batch's sequences behind these."""
+        refuse_others(isinstance(other, XKVBatch))
         self.members += other.members
         self._lead += other._lead
 
@@ -238,6 +239,15 @@ class XKVBatch(mlx_cache._BaseCache, AttendingCache):  # type: ignore[name-defin
     def trim(self, n: int) -> int:
         """Forget each sequence's last ``n`` tokens."""
         return max(member.trim(n) for member in self.members)
+
+
+def refuse_others(are_all_ours: bool) -> None:
+    """Raise if caches that are to be one batch are not all compressed."""
+    if not are_all_ours:
+        raise InputError(
+            "compressed and uncompressed prompt caches cannot be in one batch: make all with the "
+            "enabled model"
+        )
 
 
 def _side_by_side(parts: Sequence[mx.array], call: _Call) -> mx.array:

@@ -11,13 +11,12 @@ import mlx.core as mx
 
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.model import borrowed
-from xkv.backends.mlx_metal.model.batch import XKVBatch
+from xkv.backends.mlx_metal.model.batch import XKVBatch, refuse_others
 from xkv.backends.mlx_metal.model.copies import copied
 from xkv.backends.mlx_metal.model.seam import ATTENTION, AttendingCache
 from xkv.cache import state as cache_state
 from xkv.cache.layer import FUSED_QUERIES
 from xkv.cache.lowrank_cache import LayerCache, LowRankCache
-from xkv.errors import InputError
 from xkv.ops.types import Rope
 from xkv.planning.basis_file import basis_of_cache
 
@@ -108,11 +107,7 @@ class XKVCache(mlx_cache._BaseCache, AttendingCache):  # type: ignore[name-defin
 
     def merge(self, caches: Sequence[XKVCache]) -> XKVBatch:
         """The layer's batch of several sequences: copies, which share what does not change."""
-        if not all(isinstance(cache, XKVCache) for cache in caches):
-            raise InputError(
-                "compressed and uncompressed prompt caches cannot be in one batch: make all with "
-                "the enabled model"
-            )
+        refuse_others(all(isinstance(cache, XKVCache) for cache in caches))
         return XKVBatch([copied(cache) for cache in caches])
 
     @property

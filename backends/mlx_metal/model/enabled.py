@@ -91,7 +91,8 @@ class Enabled:
     def remove(self) -> None:
         """Give the model its own cache back."""
         delattr(self.model, _ATTRIBUTE)
-        del self.model.make_cache
+        if vars(self.model).get("make_cache") == self.make_cache:
+            del self.model.make_cache
         self.layers.remove()
         self.unpatch()
 

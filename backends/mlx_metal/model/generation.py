@@ -57,7 +57,7 @@ def _generate(
     """``generate_step`` with the prompt going through layer by layer."""
     _refuse_native_options(kwargs)
     if kwargs.get("prompt_cache") is None:
-        kwargs["prompt_cache"] = enabled.make_cache()
+        kwargs["prompt_cache"] = mlx_cache.make_prompt_cache(model)
     caches = kwargs["prompt_cache"]
     enabled.check(caches)
     if lowrank_cache(caches) is None:
@@ -211,13 +211,18 @@ def _insert_segments_of(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(batches, segments, *args, **kwargs)
         if enabled.why_not_batched is not None:
             raise InputError(enabled.why_not_batched)
-        call = inspect.signature(original).bind(batches, segments, *args, **kwargs).arguments
-        for caches in call.get("caches") or []:
-            enabled.check(caches or [])
-        # whole prompts go layer by layer, one after the other
-        batches.prefill_step_size = sys.maxsize
-        whole = [[[token for part in parts for token in part]] for parts in segments]
-        return original(batches, whole, *args, **kwargs)
+        call = inspect.signature(original).bind(batches, segments, *args, **kwargs)
+        given = call.arguments.get("caches") or [None] * len(segments)
+        caches = [x or mlx_cache.make_prompt_cache(batches.model) for x in given]
+        for cache in caches:
+            enabled.check(cache)
+        call.arguments["caches"] = caches
+        if any(lowrank_cache(cache) is not None for cache in caches):
+            # whole prompts go layer by layer, one after the other
+            batches.prefill_step_size = sys.maxsize
+            whole = [[[token for part in parts for token in part]] for parts in segments]
+            call.arguments["segments"] = whole
+        return original(*call.args, **call.kwargs)
 
     return insert_segments
 
