@@ -123,13 +123,17 @@ def test_every_architecture_is_batched_right_or_refused(name: str) -> None:
         if not all(hasattr(x, "merge") for x in make_prompt_cache(model)):
             pytest.skip("mlx-lm does not batch its caches")
         assert (enabled.why_not_batched is not None) == (name in BROKEN)
+        prompts = [PROMPTS[2], PROMPTS[3]]
+        batches = BatchGenerator(model, max_tokens=2, prefill_step_size=STEP_SIZE)
         if name in BROKEN:
             with pytest.raises(InputError, match="cannot be in one batch of this model"):
-                together(model, 2)
+                batches.insert(prompts)
             return
-        found, _ = together(model, 4)
-        for prompt, answer in zip(PROMPTS, found, strict=True):
-            assert_same(answer, alone(model, prompt, 4))
+        uids = batches.insert(prompts)
+        steps = [{x.uid: x for x in batches.next_generated()} for _ in range(2)]
+        for uid, prompt in zip(uids, prompts, strict=True):
+            found = [(step[uid].token, step[uid].logprobs) for step in steps]
+            assert_same(found, alone(model, prompt, 2))
     finally:
         xkv.disable(model)
 

@@ -6,7 +6,7 @@ import json
 import socket
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -265,7 +265,7 @@ def test_failure_in_the_middle_is_an_event() -> None:
     body = json.dumps({**ASK, "stream": True}).encode()
     ours.sendall(b"POST /v1/messages HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
     with ours, theirs:
-        MessagesHandler(Failing(), theirs, ("", 0), Mock(), system_fingerprint="")
+        MessagesHandler(Failing(), theirs, ("", 0), MagicMock(), system_fingerprint="")
         theirs.shutdown(socket.SHUT_WR)
         with ours.makefile("rb") as file:
             head, *events = file.read().decode().split("\r\n\r\n")
