@@ -6,7 +6,7 @@ import json
 import socket
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import Mock
 
 import pytest
 
@@ -15,6 +15,7 @@ from xkv.backends.mlx_metal.server.errors import RequestError
 from xkv.backends.mlx_metal.server.messages import MessagesHandler
 from xkv.backends.mlx_metal.server.messages_answer import Events, error_of, message_of
 from xkv.backends.mlx_metal.server.messages_request import chat_of
+from xkv.backends.mlx_metal.server.traffic import Traffic
 
 USE = {"type": "tool_use", "id": "a", "name": "read", "input": {"path": "é"}}
 CALL = {
@@ -265,7 +266,8 @@ def test_failure_in_the_middle_is_an_event() -> None:
     body = json.dumps({**ASK, "stream": True}).encode()
     ours.sendall(b"POST /v1/messages HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
     with ours, theirs:
-        MessagesHandler(Failing(), theirs, ("", 0), MagicMock(), system_fingerprint="")
+        server = Mock(traffic=Traffic())
+        MessagesHandler(Failing(), theirs, ("", 0), server, system_fingerprint="")
         theirs.shutdown(socket.SHUT_WR)
         with ours.makefile("rb") as file:
             head, *events = file.read().decode().split("\r\n\r\n")

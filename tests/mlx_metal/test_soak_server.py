@@ -10,18 +10,18 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from scripts import soak_clients
 from scripts.fuzz_messages import COUNT, MESSAGE
 from scripts.fuzz_requests import TEXT
-from scripts.soak_checks import SLACK_BYTES, Idle, Watch, alone, idle_failures, log_failures
+from scripts.soak_checks import SLACK_BYTES, Idle, Watch, alone, idle_failures, is_tie, log_failures
 from scripts.soak_clients import Client
 from scripts.soak_requests import BrokenOffError, Chat, Reply, body_of, streamed, whole
 from scripts.soak_traffic import GRACE_S, OverError, Traffic
-from tests.serving import CHAT
+from tests.serving import CHAT, Server
 from xkv.backends.mlx_metal.server.messages_request import chat_of
 
 ROOT = Path(__file__).parents[2]
@@ -40,8 +40,8 @@ CONVERSATION: Chat = [
 ]
 
 
-def test_a_minute_of_clients_ends_clean() -> None:
-    flags = ["--minutes", "1", "--clients", "4", "--scale", "0.3", "--samples", "12"]
+def test_half_a_minute_of_clients_ends_clean() -> None:
+    flags = ["--minutes", "0.5", "--clients", "4", "--scale", "0.3", "--samples", "6"]
     done = subprocess.run(
         [sys.executable, "-m", "scripts.soak_server", *flags],
         capture_output=True,
@@ -50,12 +50,34 @@ def test_a_minute_of_clients_ends_clean() -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    assert "12 of 12 answers equal those of a lone request" in done.stdout
+    assert "6 of 6 answers equal those of a lone request" in done.stdout
     assert len(re.findall("Idle: ", done.stdout)) == 4
     assert re.search(r"After the restart: [1-9]\d* conversations from disk", done.stdout)
     last = done.stdout.splitlines()[-1]
     assert all(f"{action}: " in last for action in ("begin", "ask", "malformed"))
     assert not re.search("broken off|lost", last)
+
+
+class Lone:
+    """A server that answers one text, with what it held for likely."""
+
+    def request(self, path: str, body: Any) -> tuple[int, Any]:
+        assert path == TEXT and body["logprobs"] and not body["stream"]
+        second = {"token": "palace", "logprob": -3.2183}
+        entries = [
+            {"token": "The", "logprob": -2.8, "top_logprobs": []},
+            {"token": "harbor", "logprob": -3.2141, "top_logprobs": [second]},
+            {"token": "was", "logprob": -0.1, "top_logprobs": [{"token": "is", "logprob": -2.3}]},
+        ]
+        return 200, {"choices": [{"logprobs": {"content": entries}}]}
+
+
+@pytest.mark.parametrize(
+    ("text", "is_one"),
+    [("The palace was", True), ("The harbor is", False), ("The bridge was", False)],
+)
+def test_words_that_are_as_likely_are_told_from_others(text: str, is_one: bool) -> None:
+    assert is_tie(cast(Server, Lone()), {"prompt": "Once.", "stream": True}, text) == is_one
 
 
 def test_conversation_is_the_same_in_both_forms() -> None:
