@@ -84,8 +84,8 @@ class Server:
         return self.request("/xkv/memory")[1]
 
     def settled_memory(self) -> dict[str, Any]:
-        """The report once the last request's cache is kept or dropped."""
-        while (report := self.memory())["reserved_bytes"]:
+        """The report once the last request's cache is kept or dropped, and it is counted."""
+        while (report := self.memory())["reserved_bytes"] or report["requests"]["running"]:
             time.sleep(0.05)
         return report
 
