@@ -12,22 +12,16 @@ import argparse
 import os
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx_lm
 from mlx_lm.generate import BatchGenerator
 
 import xkv
-from xkv.backends.mlx_metal.cli.commands import Command
-from xkv.backends.mlx_metal.model.calibration import calibrate_enabled
-from xkv.backends.mlx_metal.model.enable import identity_of
+from scripts.bench_models import bench_parser, enabled_model
 from xkv.cli.record import make_record, typed_command, write_record
 from xkv.cli.terminal import user_errors
-from xkv.config import XKVConfig
-from xkv.planning.layer_groups import choose_profile
-from xkv.tiny import CHECKPOINT_DIR, make_document
+from xkv.tiny import make_document
 
 N_ANSWER = 48
 APART = 37
@@ -35,15 +29,8 @@ APART = 37
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--model", help="a model for mlx-lm; the bundled one if left out")
-    parser.add_argument("--tokens", type=int, default=2048, help="of the longest prompt")
+    parser = bench_parser(__doc__, 2048, "of the longest prompt")
     parser.add_argument("--sequences", type=int, default=4)
-    parser.add_argument("--compression", type=float, default=8)
-    parser.add_argument("--runs", type=int, default=3, help="of each side, in turn")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write a record of it")
     return parser
 
 
@@ -74,14 +61,7 @@ def main() -> None:
     if min(args.runs, args.sequences) < 1 or args.tokens <= args.sequences * APART:
         parser.error("--runs and --sequences must be at least 1, with some tokens for each")
     with user_errors():
-        path, config = args.model or str(CHECKPOINT_DIR), XKVConfig(compression=args.compression)
-        model, tokenizer, *_ = mlx_lm.load(path)
-        Command().speed_up(model)
-        profile = choose_profile(None, None, path, "mlx")
-        if profile is not None:
-            config = profile.apply(config, identity_of(model, config))
-        xkv.enable(model, config)
-        calibrate_enabled(model, tokenizer, config)
+        model, tokenizer, config = enabled_model(args)
         xkv.disable(model)
         lengths = [args.tokens - APART * i for i in range(args.sequences)]
         texts = [make_document(i, 2 * args.tokens).text for i in range(args.sequences)]

@@ -18,22 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx_lm
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
-import xkv
-from xkv.backends.mlx_metal.cli.commands import Command
-from xkv.backends.mlx_metal.model.calibration import calibrate_enabled
-from xkv.backends.mlx_metal.model.enable import identity_of
+from scripts.bench_models import bench_parser, enabled_model
 from xkv.backends.mlx_metal.model.enabled import prefill_prompt
 from xkv.backends.mlx_metal.server.disk import Disk
 from xkv.backends.mlx_metal.server.disk_cache import DiskPromptCache
 from xkv.cli.record import make_record, typed_command, write_record
 from xkv.cli.terminal import user_errors
-from xkv.config import XKVConfig
-from xkv.planning.layer_groups import choose_profile
-from xkv.tiny import CHECKPOINT_DIR, make_document
+from xkv.tiny import make_document
 
 AGAIN, FROM_DISK = "computed again", "read from disk"
 N_QUESTION = 32
@@ -42,14 +36,7 @@ STEP_SIZE = 2048
 
 
 def setup_arg_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--model", help="a model for mlx-lm; the bundled one if left out")
-    parser.add_argument("--tokens", type=int, default=4096, help="of the beginning")
-    parser.add_argument("--compression", type=float, default=8)
-    parser.add_argument("--runs", type=int, default=3, help="of each side, in turn")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write a record of it")
+    parser = bench_parser(__doc__, 4096, "of the beginning")
     return parser
 
 
@@ -100,14 +87,7 @@ def main() -> None:
     if args.runs < 1 or args.tokens < 1:
         parser.error("--runs and --tokens must be at least 1")
     with user_errors():
-        path, config = args.model or str(CHECKPOINT_DIR), XKVConfig(compression=args.compression)
-        model, tokenizer, *_ = mlx_lm.load(path)
-        Command().speed_up(model)
-        profile = choose_profile(None, None, path, "mlx")
-        if profile is not None:
-            config = profile.apply(config, identity_of(model, config))
-        xkv.enable(model, config)
-        calibrate_enabled(model, tokenizer, config)
+        model, tokenizer, _ = enabled_model(args)
         text = make_document(1, 2 * args.tokens).text
         prompt = tokenizer.encode(text)[: args.tokens + N_QUESTION]
         rows = []

@@ -79,10 +79,10 @@ def together(model: nn.Module, n_tokens: int = N_TOKENS) -> tuple[list[Tokens], 
             uids += batches.insert(PROMPTS[3:])
 
 
-def assert_same(found: Tokens, wanted: Tokens) -> None:
+def assert_same(found: Tokens, wanted: Tokens, atol: float = 4e-4) -> None:
     assert [token for token, _ in found] == [token for token, _ in wanted]
     for (_, mine), (_, its) in zip(found, wanted, strict=True):
-        assert mx.allclose(mine, its, atol=5e-3).item()
+        assert mx.allclose(mine, its, rtol=0, atol=atol).item()
 
 
 CASES = [
@@ -133,7 +133,8 @@ def test_every_architecture_is_batched_right_or_refused(name: str) -> None:
         steps = [{x.uid: x for x in batches.next_generated()} for _ in range(2)]
         for uid, prompt in zip(uids, prompts, strict=True):
             found = [(step[uid].token, step[uid].logprobs) for step in steps]
-            assert_same(found, alone(model, prompt, 2))
+            # measured: 4e-5 at most, and 1.3e-3 for one
+            assert_same(found, alone(model, prompt, 2), 5e-3 if name == "muse_spark" else 4e-4)
     finally:
         xkv.disable(model)
 
@@ -160,7 +161,7 @@ def test_a_batch_shares_what_does_not_change_and_leaves_its_originals(enabled: n
     assert mine is not None and its is not None and mine.basis is its.basis
 
 
-@pytest.mark.parametrize("enabled", PLAIN, indirect=True)
+@pytest.mark.parametrize("enabled", [("qwen3", EXACT)], indirect=True)
 def test_padding_is_never_kept(enabled: nn.Module) -> None:
     prompts = PROMPTS[1:4]
     caches = [make_prompt_cache(enabled) for _ in prompts]
@@ -178,7 +179,7 @@ def test_padding_is_never_kept(enabled: nn.Module) -> None:
     got = enabled(mx.array([[9]] * len(prompts)), cache=batch)[:, -1]
     for number, prompt in enumerate(prompts):
         want = enabled(mx.array([[*prompt, 9]]), cache=None)[0, -1]
-        assert mx.linalg.norm(got[number] - want) < 0.5 * mx.linalg.norm(want)
+        assert mx.linalg.norm(got[number] - want) < 1e-4 * mx.linalg.norm(want)
     left = [layer.merge([layer, layer]) for layer in make_prompt_cache(enabled)]
     for layer in left:
         layer.prepare(left_padding=[0, 3])
