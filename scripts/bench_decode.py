@@ -80,13 +80,13 @@ def counted_lines(shape: StepShape) -> list[str]:
     """The work of a step of all layers of Llama-3.1-8B, by part, and what it takes on chips."""
     model, config = LLAMA_8B.model, replace(shape, model=LLAMA_8B.model).config
     lines = [
-        f"counted: {model.n_layers} layers of Llama-3.1-8B, 8 x smaller, 16 bits, sorted as on "
+        f"counted: {model.n_layers} layers of Llama-3.1-8B, 8 x smaller, 16 bits, launches of "
         "Metal; milliseconds by arithmetic, without weights",
         f"{'tokens':>8}  {'':<20}{'GB':>8}{'GFLOP':>9}{'launches':>10}"
         + "".join(f"{chip.name:>10}" for chip in CHIPS),
     ]
     for n_tokens in LENGTHS:
-        full, working_set = model.forms(config, n_tokens, sorts=True)
+        full, working_set = model.forms(config, n_tokens, is_metal=True)
         for name, parts in {
             "full": full,
             "working set": working_set,
@@ -95,7 +95,7 @@ def counted_lines(shape: StepShape) -> list[str]:
             work, n = total(parts), model.n_layers
             ms = []
             for chip in CHIPS:
-                on_chip = model.forms(config, n_tokens, chip.sorts)[name != "full"]
+                on_chip = model.forms(config, n_tokens, chip.is_metal)[name != "full"]
                 shown = {k: x for k, x in on_chip.items() if k in parts}
                 ms.append(f"{milliseconds(chip, shown, n):>10.2f}")
             lines.append(
@@ -111,7 +111,7 @@ def counted_rows(shape: StepShape) -> list[dict[str, Any]]:
     rows = []
     for n_tokens in LENGTHS:
         for chip in CHIPS:
-            found = model.forms(config, n_tokens, chip.sorts)
+            found = model.forms(config, n_tokens, chip.is_metal)
             for form, parts in zip(("full", "working set"), found, strict=True):
                 work, n = total(parts), model.n_layers
                 about = {"what": "counted", "tokens": n_tokens, "form": form, "chip": chip.name}

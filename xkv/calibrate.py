@@ -10,6 +10,7 @@ from pathlib import Path
 
 from xkv.cli.engine import load_engine
 from xkv.cli.first_use import calibrate
+from xkv.cli.openblas import load_mlx
 from xkv.cli.terminal import user_errors
 from xkv.config import XKVConfig
 from xkv.errors import InputError
@@ -70,7 +71,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             config = replace(config, groups=_measured_groups(args, name, config.group_size))
         elif args.group_size is None and (profile := find_profile(name)) is not None:
             config = replace(config, groups=profile.groups)
+        if args.backend == "mlx":
+            load_mlx()
         engine = load_engine(args.backend, name, trust_remote_code=args.trust_remote_code)
+        if (text := engine.speed_up()) is not None:
+            print(text, file=sys.stderr)
         out = None if args.out is None else Path(args.out)
         done = calibrate(
             engine.subject(config), engine.tokenizer, args.text, args.again or bool(args.text), out

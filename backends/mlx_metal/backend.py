@@ -9,12 +9,23 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from xkv.backends.mlx_metal.kernels import common, index_scores, rebuild_rows, weigh_rows
+from xkv.backends.mlx_metal.kernels import (
+    attend_dense,
+    choose_rows,
+    common,
+    index_scores,
+    query_terms,
+    rebuild_rows,
+    weigh_rows,
+)
+from xkv.backends.mlx_metal.rotation import rotation_at
 from xkv.backends.mlx_metal.unpacking import codes_of
 from xkv.ops.backend import MAX_TABLES, Backend
 from xkv.ops.kernels import KernelDispatch, KernelMode
 from xkv.ops.latent import Latent
+from xkv.ops.scores import Dense
 from xkv.ops.types import Array, RopeSpec, Stored
+from xkv.ops.working_set import Choice
 
 
 class MLXBackend(Backend):
@@ -81,12 +92,10 @@ class MLXBackend(Backend):
         if not isinstance(positions, int):
             if inverse:
                 return super().rope(x, positions, spec, inverse)
-            # about 15 small operations, fused by mx.compile into a few
             if spec not in self._rotations:
-                plain = super().rope
                 if len(self._rotations) >= MAX_TABLES:
                     del self._rotations[next(iter(self._rotations))]
-                self._rotations[spec] = mx.compile(lambda rows, at: plain(rows, at, spec))
+                self._rotations[spec] = rotation_at(self, spec)
             return self._rotations[spec](x, positions)
         if spec not in self._freqs:
             self._freqs[spec] = self.constant(spec.freqs, mx.float32)
@@ -155,9 +164,46 @@ class MLXBackend(Backend):
             "rebuild_rows", rebuild_rows.KERNEL, super().rebuild_rows, stored, rows
         )
 
-    def weigh_rows(self, latent: Latent, rows: Array, weights: Array) -> Array:
+    def choose_rows(
+        self,
+        worth: Array,
+        kept_rows: Array | None,
+        n_rebuilt: int,
+        n_swapped: int,
+        first_slot: int,
+    ) -> Choice:
         return self.kernels.run(
-            "weigh_rows", weigh_rows.KERNEL, super().weigh_rows, latent, rows, weights
+            "choose_rows",
+            choose_rows.KERNEL,
+            super().choose_rows,
+            *(worth, kept_rows, n_rebuilt, n_swapped, first_slot),
+        )
+
+    def rebuild_keys(self, stored: Stored, rows: Array, queries: Array) -> tuple[Array, Array]:
+        return self.kernels.run(
+            "rebuild_keys", rebuild_rows.KEYS, super().rebuild_keys, stored, rows, queries
+        )
+
+    def weigh_rows(
+        self, latent: Latent, rows: Array, scores: Array, totals: Array, beside: Array
+    ) -> tuple[Array, Array]:
+        return self.kernels.run(
+            "weigh_rows",
+            weigh_rows.KERNEL,
+            super().weigh_rows,
+            *(latent, rows, scores, totals, beside),
+        )
+
+    def attend_dense(
+        self, queries: Array, dense: Dense, sinks: Array | None
+    ) -> tuple[Array, Array]:
+        return self.kernels.run(
+            "attend_dense", attend_dense.KERNEL, super().attend_dense, queries, dense, sinks
+        )
+
+    def query_terms(self, queries: Array, basis: Array, spec: RopeSpec) -> Array:
+        return self.kernels.run(
+            "query_terms", query_terms.KERNEL, super().query_terms, queries, basis, spec
         )
 
     def index_scores(

@@ -18,7 +18,7 @@ from xkv.backends.torch_cuda import kernels as triton_kernels
 from xkv.ops.backend import Backend
 from xkv.ops.kernels import KernelDispatch, KernelMode
 from xkv.ops.latent import Latent
-from xkv.ops.types import Array, Stored
+from xkv.ops.types import Array, RopeSpec, Stored
 
 logger = logging.getLogger("xkv")
 
@@ -183,9 +183,30 @@ class TorchBackend(Backend):
             "rebuild_rows", triton_kernels.REBUILD_ROWS, super().rebuild_rows, stored, rows
         )
 
-    def weigh_rows(self, latent: Latent, rows: Array, weights: Array) -> Array:
+    def rebuild_keys(self, stored: Stored, rows: Array, queries: Array) -> tuple[Array, Array]:
         return self.kernels.run(
-            "weigh_rows", triton_kernels.WEIGH_ROWS, super().weigh_rows, latent, rows, weights
+            "rebuild_keys",
+            triton_kernels.REBUILD_KEYS,
+            super().rebuild_keys,
+            *(stored, rows, queries),
+        )
+
+    def weigh_rows(
+        self, latent: Latent, rows: Array, scores: Array, totals: Array, beside: Array
+    ) -> tuple[Array, Array]:
+        return self.kernels.run(
+            "weigh_rows",
+            triton_kernels.WEIGH_ROWS,
+            super().weigh_rows,
+            *(latent, rows, scores, totals, beside),
+        )
+
+    def query_terms(self, queries: Array, basis: Array, spec: RopeSpec) -> Array:
+        return self.kernels.run(
+            "query_terms",
+            triton_kernels.QUERY_TERMS,
+            super().query_terms,
+            *(queries, basis, spec),
         )
 
     def index_scores(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from xkv.checks.set_plots import held_rows, returned_rows
 from xkv.evaluation.methods.lowrank import compressed_cache
 from xkv.evaluation.prefix import Prefix
 from xkv.evaluation.working_set import watch
+from xkv.ops.working_set import SWAP_STEPS
 from xkv.planning.language_model import load_language_model
 from xkv.tiny import CHECKPOINT_DIR, make_document
 
@@ -81,7 +84,7 @@ def step(model, layers, token, held):
 
 
 def test_planted_scores_are_told_as_they_are(model, document, monkeypatch):
-    """Of rows of which the first are always wanted most, the set takes up a quarter a step."""
+    """Of rows of which the first are always wanted most, the set takes up a quarter at a time."""
     backend = document.backend
 
     def first_are_best(absorbed, latent, offsets, n_kv_heads):
@@ -89,22 +92,29 @@ def test_planted_scores_are_told_as_they_are(model, document, monkeypatch):
         return backend.from_numpy(np.tile(worth, (1, n_kv_heads, 1)))
 
     monkeypatch.setattr(backend, "index_scores", first_are_best)
-    cache = compressed_cache(document, CONFIG)
+    config = replace(CONFIG, max_tail=128)
+    cache = compressed_cache(document, config)
     n_kept, start = cache.groups[0].layers[0].n_kept, CONFIG.sinks
     n_swaps, end = n_kept // 4, start + cache.groups[0].layers[0].n_segment
     assert n_kept % 4 and 8 < n_swaps < 32
-    story = watch(model, document, cache, 4)
+    story = watch(model, document, cache, 2 * SWAP_STEPS)
     for layer in story["layers"]:
         for head in layer["heads"]:
             assert head["first"] == list(range(end - n_kept, end))
-            for number, told in enumerate(head["steps"][:4]):
-                low = start + number * n_swaps
+            number, at = 0, []
+            for step, told in enumerate(head["steps"][: 2 * SWAP_STEPS]):
+                low, high = start + number * n_swaps, end - number * n_swaps
                 assert told["rebuilt"] == list(range(low, low + 256))
-                assert told["came"] == list(range(low, low + n_swaps))
-                high = end - number * n_swaps
-                assert told["went"] == list(range(high - n_swaps, high))
                 assert told["at_hand"] == pytest.approx(number * n_swaps / n_kept, abs=1e-4)
-            assert returned_rows(head)[:4] == [0, 0, 0, 0]
+                if told["came"]:
+                    assert told["came"] == list(range(low, low + n_swaps))
+                    assert told["went"] == list(range(high - n_swaps, high))
+                    number += 1
+                    at.append(step)
+                else:
+                    assert told["went"] == []
+            assert len(at) == 2 and at[1] - at[0] == SWAP_STEPS
+            assert not any(returned_rows(head)[: 2 * SWAP_STEPS])
 
 
 def test_rows_that_come_back_are_counted():

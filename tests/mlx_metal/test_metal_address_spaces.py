@@ -14,9 +14,17 @@ import pytest
 
 from tests import metal_emulator as emulator
 from xkv.backends.mlx_metal.backend import MLXBackend
-from xkv.backends.mlx_metal.kernels import index_scores, rebuild_rows, weigh_rows
+from xkv.backends.mlx_metal.kernels import (
+    attend_dense,
+    choose_rows,
+    index_scores,
+    query_terms,
+    rebuild_rows,
+    weigh_rows,
+)
 from xkv.checks.decode_cases import DTYPES, DecodeCase, make_inputs
-from xkv.checks.operations import absorbed_of, offsets_of
+from xkv.checks.operations import absorbed_of, choice_of, offsets_of, weighing_of
+from xkv.ops.index import index_basis
 
 pytest_plugins = ["tests.metal_device"]
 
@@ -29,7 +37,7 @@ pytestmark = pytest.mark.skipif(
     not CLANG[0], reason="needs clang, which `pip install ziglang` brings, and there is none"
 )
 
-CASE = DecodeCase(40, 4, 2, 64, 37, 8, n_kept=0, n_rebuilt=9)
+CASE = DecodeCase(40, 4, 2, 64, 37, 8, n_kept=8, n_rebuilt=9)
 FLAGS = (
     "-x clcpp -cl-std=clc++2021 -cl-no-stdinc -target spir64 -Wno-unknown-attributes "
     "-Werror -fsyntax-only"
@@ -62,6 +70,7 @@ struct vec {
 template <class T>
 struct vec<T, 2> {
   T x, y;
+  vec() = default;
   vec(T, T);
   vec operator*(T) const;
 };
@@ -72,8 +81,18 @@ struct uint3 {
   uint x, y, z;
 };
 float fma(float, float, float);
+float exp(float);
+float log(float);
 int min(int, int);
+int max(int, int);
+uint min(uint, uint);
+uint max(uint, uint);
+uint clamp(uint, uint, uint);
+uint clz(uint);
 float max(float, float);
+namespace fast {
+float exp(float);
+}
 namespace precise {
 float cos(float);
 float sin(float);
@@ -90,8 +109,24 @@ void simdgroup_store(simdgroup_matrix<T, 8, 8>, threadgroup T*, ulong);
 template <class T, class A>
 void simdgroup_multiply_accumulate(thread simdgroup_matrix<T, 8, 8>&, simdgroup_matrix<A, 8, 8>,
                                    simdgroup_matrix<A, 8, 8>, simdgroup_matrix<T, 8, 8>);
-float simd_shuffle_xor(float, ushort);
-enum class mem_flags { mem_threadgroup };
+template <class T>
+T simd_shuffle(T, ushort);
+template <class T>
+T simd_shuffle_xor(T, ushort);
+template <class T>
+T simd_sum(T);
+template <class T>
+T simd_max(T);
+template <class T>
+T simd_min(T);
+template <class T>
+T simd_prefix_exclusive_sum(T);
+template <class T>
+T as_type(float);
+enum memory_order_ { memory_order_relaxed };
+int atomic_exchange_explicit(volatile threadgroup atomic_int*, int, memory_order_);
+uint atomic_fetch_add_explicit(volatile threadgroup atomic_uint*, uint, memory_order_);
+enum class mem_flags { mem_device, mem_threadgroup };
 void threadgroup_barrier(mem_flags);
 """
 """What of Metal the kernels use, for OpenCL's C++, whose address spaces are Metal's."""
@@ -111,7 +146,7 @@ def problems(text: str, folder: Path) -> str:
     kernel = text[opening.end() : text.index("\ntemplate [[host_name")]
     path = folder / "kernel.clcpp"
     # nor does it take references
-    kernel = re.sub(r"const constant int32_t& (\w+) \[\[", r"const int32_t \1 [[", kernel)
+    kernel = re.sub(r"const constant (int32_t|float)& (\w+) \[\[", r"const \1 \2 [[", kernel)
     path.write_text(f"{DECLARATIONS}{text[: opening.start()]}{constants}__kernel{kernel}")
     command = [*CLANG, *FLAGS.split(), str(path)]
     return subprocess.run(command, capture_output=True, text=True).stderr
@@ -120,12 +155,17 @@ def problems(text: str, folder: Path) -> str:
 def texts(emulated: MLXBackend, case: DecodeCase, dtype: str) -> list[str]:
     """Of all kernels."""
     x = make_inputs(emulated, case, dtype)
+    queries, (keys, values) = x.queries * x.scale, x.segment
     absorbed, offsets = absorbed_of(emulated, x), offsets_of(emulated, x)
-    weights = emulated.normal((*x.rows.shape[:2], 2, x.rows.shape[2]), 0).astype(x.queries.dtype)
+    weighing, choice = weighing_of(emulated, x), choice_of(emulated, x)
     with emulator.settings(checked=False) as launches:
-        rebuild_rows.KERNEL(x.segment.keys, x.rows)
-        index_scores.KERNEL(absorbed, x.segment.keys.latent, offsets, case.n_kv_heads)
-        weigh_rows.KERNEL(x.segment.values.latent, x.rows, weights)
+        rebuild_rows.KERNEL(values, x.rows)
+        rebuild_rows.KEYS(keys, x.rows, queries)
+        weigh_rows.KERNEL(*weighing)
+        index_scores.KERNEL(absorbed, keys.latent, offsets, case.n_kv_heads)
+        attend_dense.KERNEL(queries, x.dense, None)
+        query_terms.KERNEL(queries, index_basis(emulated, keys), case.spec)
+        choose_rows.KERNEL(*choice)
     return [launch.text for launch in launches]
 
 
@@ -142,7 +182,7 @@ def test_kernels_compile_with_address_spaces(emulated, tmp_path, bits, dtype):
         (0, "const device T* right,", "const constant T* right,", "address space"),
         (0, "threadgroup float* rows", "thread float* rows", "variable of type '__private float"),
         (0, "threadgroup const int* row_n", "device const int* row_n", "no matching function"),
-        (2, "const device T* from = w", "const threadgroup T* from = w", "cannot initialize"),
+        (2, "shared = (threadgroup", "shared = (device", "mismatching address spaces"),
     ],
 )
 def test_pointer_to_another_address_space_is_found(emulated, tmp_path, kernel, old, new, found):

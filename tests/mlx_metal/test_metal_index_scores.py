@@ -146,9 +146,11 @@ def test_why_not_says_what_the_kernel_does_not_take(dtypes, n_rows, sentence):
 
 
 def test_one_kernel_takes_all_bits(emulated):
+    cases = [replace(PACKED, bits=bits) for bits in ((4, 4), (8, 6, 5, 4, 3, 2))]
+    given = [make_arguments(emulated, case, "float16") for case in cases]
     with emulator.settings() as launches:
-        for bits in ((4, 4), (8, 6, 5, 4, 3, 2)):
-            index_scores.KERNEL(*make_arguments(emulated, replace(PACKED, bits=bits), "float16"))
+        for arguments in given:
+            index_scores.KERNEL(*arguments)
     assert len(launches) == 2
     assert len({(launch.name, launch.text) for launch in launches}) == 1
     assert launches[0].threadgroup_bytes < MOST_THREADGROUP_BYTES

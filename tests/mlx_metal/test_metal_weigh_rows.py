@@ -15,6 +15,7 @@ from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.kernels import common, weigh_rows
 from xkv.checks.decode_cases import CASES, DTYPES, DecodeCase, hide_rows, make_inputs
 from xkv.checks.tolerances import TOLERANCE, relative_error
+from xkv.config import BAND
 from xkv.ops.backend import Backend
 from xkv.ops.latent import Latent
 
@@ -23,40 +24,56 @@ pytest_plugins = ["tests.metal_device"]
 PLAIN = DecodeCase(400, 20, 2, 64, 8, 101, batch=2, n_kept=0, n_rebuilt=150)
 """Two bands, the last one not whole; two tiles of rows and of queries."""
 PACKED = replace(PLAIN, bits=(8, 6, 5, 4, 3, 2))
+LONG = replace(PLAIN, n_rows=600, n_heads=6, n_rebuilt=530)
+"""More rows than have their weights in threadgroup memory at once."""
 MOST_THREADGROUP_BYTES = 25_000
 """Of the 32 KiB that a threadgroup may have."""
 
 
 def make_arguments(metal: MLXBackend, case: DecodeCase, dtype: str) -> tuple[Any, ...]:
-    """The kernel's, with peaked weights, and NaN in all rows that are not weighed."""
+    """The kernel's, with large scores, peaked weights, and NaN in all rows that are not weighed.
+
+    What the queries of a KV head give to the others is like what they give to the rows; nearly all
+    they have for the second query, nearly nothing for the third, which wants the last row.
+    """
     x = make_inputs(metal, case, dtype)
     latent, rows = x.segment.values.latent, metal.to_numpy(x.rows)
     is_used = np.zeros(latent.shape[:2], bool)
     np.put_along_axis(is_used, rows.reshape(len(rows), -1), True, axis=1)
+    random = np.random.default_rng(1)
     n_queries = case.n_heads // case.n_kv_heads * case.n_queries
-    scores = np.random.default_rng(1).standard_normal((*rows.shape[:2], n_queries, rows.shape[2]))
-    weights = mx.softmax(metal.from_numpy(3 * scores.astype(np.float32)), axis=-1)
-    return hide_rows(metal, latent, is_used), x.rows, weights.astype(getattr(mx, dtype))
-
-
-def expected(
-    reference: Backend, case: DecodeCase, dtype: str, rows: np.ndarray, weights: np.ndarray
-) -> np.ndarray:
-    """In float64, of the same rounded inputs."""
-    latent = make_inputs(reference, case, dtype, exact=True).segment.values.latent
-    exact = (reference.from_numpy(rows.astype(np.int64)), reference.from_numpy(weights))
-    return reference.to_numpy(reference.weigh_rows(latent, *exact))
+    scores = 3 * random.standard_normal((*rows.shape[:2], n_queries, rows.shape[2])) + 200
+    scores[..., 2:3, -1] += 100
+    totals = np.logaddexp.reduce(scores, axis=-1) + random.standard_normal(scores.shape[:3])
+    totals[..., 1:2] += 300
+    totals[..., 2:3] -= 300
+    shape = (case.batch, case.n_heads, case.n_queries)
+    beside = metal.from_numpy(random.standard_normal((*shape, case.head_dim)).astype(np.float32))
+    return (
+        hide_rows(metal, latent, is_used),
+        x.rows,
+        metal.from_numpy(scores.astype(np.float32)),
+        metal.from_numpy(totals.reshape(shape).astype(np.float32)),
+        beside.astype(getattr(mx, dtype)),
+    )
 
 
 def kernel_error(metal: MLXBackend, reference: Backend, case: DecodeCase, dtype: str) -> float:
-    """Relative error of the kernel, the path asserted."""
-    latent, rows, weights = make_arguments(metal, case, dtype)
-    got = metal.weigh_rows(latent, rows, weights)
+    """The larger relative error of the two results, the path asserted."""
+    latent, rows, *others = make_arguments(metal, case, dtype)
+    found = metal.weigh_rows(latent, rows, *others)
     assert metal.kernels.last_path["weigh_rows"] == "weigh_rows"
-    assert got.dtype == weights.dtype
-    exact = metal.to_numpy(weights).astype(np.float64)
-    return relative_error(
-        metal.to_numpy(got), expected(reference, case, dtype, metal.to_numpy(rows), exact)
+    assert [x.dtype for x in found] == [others[-1].dtype] * 2
+    exact = make_inputs(reference, case, dtype, exact=True).segment.values.latent
+    numbers = [metal.to_numpy(x).astype(np.float64) for x in others]
+    wanted = reference.weigh_rows(
+        exact,
+        reference.from_numpy(metal.to_numpy(rows).astype(np.int64)),
+        *map(reference.from_numpy, numbers),
+    )
+    return max(
+        relative_error(metal.to_numpy(got), reference.to_numpy(want))
+        for got, want in zip(found, wanted, strict=True)
     )
 
 
@@ -73,10 +90,10 @@ def test_weigh_rows_does_not_depend_on_the_schedule(emulated, reference, schedul
         assert kernel_error(emulated, reference, case, "float16") < TOLERANCE["float16"]
 
 
-@pytest.mark.parametrize("n", [1, 3, 4, 127, 128, 129, 385])
+@pytest.mark.parametrize("n", [1, 3, 4, 127, 128, 129, 385, 512, 513])
 @pytest.mark.parametrize("case", [PLAIN, PACKED], ids=["plain", "packed"])
 def test_weigh_rows_takes_any_number_of_rows(metal, reference, case, n):
-    case = replace(case, n_rebuilt=n)
+    case = replace(case, n_rows=max(case.n_rows, n), n_heads=6, n_rebuilt=n)
     assert kernel_error(metal, reference, case, "float32") < TOLERANCE["float32"]
 
 
@@ -104,43 +121,76 @@ def test_weigh_rows_takes_any_bits(metal, reference, bits):
 
 @pytest.mark.parametrize("dtype", ["int32", "uint32", "int64"])
 def test_weigh_rows_takes_any_row_numbers(metal, dtype):
-    latent, rows, weights = make_arguments(metal, PLAIN, "float16")
-    want = weigh_rows.KERNEL(latent, rows, weights)
-    got = metal.weigh_rows(latent, rows.astype(getattr(mx, dtype)), weights)
-    assert mx.array_equal(got, want)
+    latent, rows, *others = make_arguments(metal, PLAIN, "float16")
+    wanted = weigh_rows.KERNEL(latent, rows, *others)
+    found = metal.weigh_rows(latent, rows.astype(getattr(mx, dtype)), *others)
+    assert all(map(mx.array_equal, found, wanted))
 
 
-def test_weigh_rows_takes_a_part_of_all_weights(metal):
-    latent, rows, weights = make_arguments(metal, PLAIN, "float16")
-    wider = mx.concatenate([weights, mx.full((*weights.shape[:3], 5), mx.nan, mx.float16)], axis=-1)
-    want = weigh_rows.KERNEL(latent, rows, weights)
-    got = metal.weigh_rows(latent, rows, wider[..., : rows.shape[2]])
-    assert mx.array_equal(got, want)
+def test_weigh_rows_takes_a_part_of_all_scores(metal):
+    latent, rows, scores, *others = make_arguments(metal, PLAIN, "float16")
+    wider = mx.concatenate([scores, mx.full((*scores.shape[:3], 5), mx.nan)], axis=-1)
+    wanted = weigh_rows.KERNEL(latent, rows, scores, *others)
+    found = metal.weigh_rows(latent, rows, wider[..., : rows.shape[2]], *others)
+    assert all(map(mx.array_equal, found, wanted))
 
 
-def test_sums_are_in_float32(metal):
+def test_weigh_rows_takes_any_width_beside(metal):
+    latent, rows, scores, totals, beside = make_arguments(metal, PLAIN, "float32")
+    wanted = weigh_rows.KERNEL(latent, rows, scores, totals, beside)
+    for width in (1, 13):
+        found = metal.weigh_rows(latent, rows, scores, totals, beside[..., :width])
+        assert mx.array_equal(found[0], wanted[0])
+        assert mx.array_equal(found[1], wanted[1][..., :width])
+
+
+def test_weigh_rows_gives_nothing_to_rows_far_below_the_others(metal):
+    latent, rows, scores, totals, beside = make_arguments(metal, PLAIN, "float32")
+    sums, rest = metal.weigh_rows(latent, rows, scores - 2000, totals, beside)
+    assert not mx.any(sums)
+    assert mx.array_equal(rest.reshape(beside.shape), beside)
+
+
+@pytest.mark.parametrize("total", [-2000.0, -mx.inf])
+def test_weigh_rows_gives_nothing_to_others_far_below_the_rows(metal, total):
+    latent, rows, scores, totals, beside = make_arguments(metal, PLAIN, "float32")
+    sums, rest = metal.weigh_rows(latent, rows, scores, mx.full(totals.shape, total), beside)
+    want, _ = metal.weigh_rows(latent, rows, scores, mx.full(totals.shape, -500.0), beside)
+    assert not mx.any(rest)
+    assert mx.array_equal(sums, want)
+
+
+def test_weights_and_sums_are_in_float32(metal):
     case = replace(PLAIN, n_rows=2048, n_rebuilt=2048, n_heads=2, rank_v=9)
-    latent, rows, weights = make_arguments(metal, case, "float16")
-    latent, even = latent.map(lambda x: mx.ones_like(x)), mx.full(weights.shape, 1.25, mx.float16)
-    # a half that has reached 2,048 stays there when 1.25 is added, or grows by 2
-    assert metal.weigh_rows(latent, rows, even).tolist() == mx.full((2, 2, 1, 9), 2560.0).tolist()
+    latent, rows, scores, totals, beside = make_arguments(metal, case, "float16")
+    latent, even = latent.map(lambda x: mx.ones_like(x)), mx.zeros(scores.shape)
+    # a half holds exp(-15) to 3 percent only
+    sums, _ = metal.weigh_rows(latent, rows, even, mx.full(totals.shape, 15.0), beside)
+    want = 2048 / (2048 + np.exp(15.0))
+    assert np.abs(metal.to_numpy(sums) / want - 1).max() < 1e-3
 
 
+FLOATS = {"latent": mx.float16, "scores": mx.float32, "totals": mx.float32, "beside": mx.float16}
 REFUSED = {
-    "dtypes": ((mx.float16, mx.float32), 9, 3, "arrays of one dtype, not latent float16, weights"),
-    "dtype": ((mx.int8, mx.int8), 9, 3, "float32, float16, bfloat16, not int8"),
-    "few-numbers": ((mx.float16, mx.float16), 7, 8, "8 elements or more, not 7"),
-    "few-weights": ((mx.float16, mx.float16), 9, 7, "8 elements or more, not 7"),
-    "no-rows": ((mx.float16, mx.float16), 9, 0, "no rows are to be weighed"),
+    "dtypes": ({"beside": mx.float32}, 9, 3, "of one dtype, not latent float16, beside float32"),
+    "dtype": (
+        {"latent": mx.int8, "beside": mx.int8},
+        *(9, 3, "float32, float16, bfloat16, not int8"),
+    ),
+    "scores": ({"scores": mx.float16}, 9, 3, "takes scores in float32, not float16"),
+    "totals": ({"totals": mx.bfloat16}, 9, 3, "takes totals in float32, not bfloat16"),
+    "few-numbers": ({}, 7, 8, "8 elements or more, not 7"),
+    "no-rows": ({}, 9, 0, "no rows are to be weighed"),
 }
 
 
-@pytest.mark.parametrize(("dtypes", "n_rows", "n", "sentence"), REFUSED.values(), ids=REFUSED)
-def test_why_not_says_what_the_kernel_does_not_take(dtypes, n_rows, n, sentence):
-    of_latent, of_weights = dtypes
-    latent = Latent((mx.zeros((1, n_rows, 1), of_latent),))
-    rows, weights = mx.zeros((1, 1, n), mx.int32), mx.zeros((1, 1, 1, n), of_weights)
-    assert sentence in weigh_rows.KERNEL.why_not(latent, rows, weights)
+@pytest.mark.parametrize(("changes", "n_rows", "n", "sentence"), REFUSED.values(), ids=REFUSED)
+def test_why_not_says_what_the_kernel_does_not_take(changes, n_rows, n, sentence):
+    dtypes = FLOATS | changes
+    shapes = {"latent": (1, n_rows, 1), "scores": (1, 1, 1, n), "totals": (1, 1, 1)}
+    arrays = {name: mx.zeros(shapes.get(name, (1, 1, 1, 4)), dtypes[name]) for name in dtypes}
+    latent, rows = Latent((arrays.pop("latent"),)), mx.zeros((1, 1, n), mx.int32)
+    assert sentence in weigh_rows.KERNEL.why_not(latent, rows, **arrays)
 
 
 def test_one_kernel_takes_all_bits(emulated):
@@ -152,25 +202,42 @@ def test_one_kernel_takes_all_bits(emulated):
     assert launches[0].threadgroup_bytes < MOST_THREADGROUP_BYTES
 
 
+def test_a_simdgroup_looks_after_one_query():
+    n_simdgroups = weigh_rows.ROWS * BAND // common.SIMDGROUP // common.SIMDGROUP
+    assert n_simdgroups == weigh_rows.QUERIES
+
+
 SOURCE, LATENT = (weigh_rows, "SOURCE"), (common, "LATENT_SOURCE")
 READ_PLAIN, READ_PACKED = (common, "_READ_PLAIN"), (common, "_READ_PACKED")
 # Name: a case, the source, the text of it that is replaced, by what.
 FAULTS = {
-    "last-row-not-taken": (PLAIN, SOURCE, "first + k < n)", "first + k < n - 1)"),
-    "row-past-the-last": (PLAIN, SOURCE, "first + k < n)", "first + k <= n)"),
-    "last-weight-missing": (PLAIN, SOURCE, "n - first)", "n - 1 - first)"),
-    "weights-of-the-next-rows": (PLAIN, SOURCE, "q * n + first,", "q * n + first + 1,"),
-    "last-tile-of-rows-missing": (PLAIN, SOURCE, "first < n;", "first + 128 < n;"),
+    "last-row-not-taken": (PLAIN, SOURCE, "first + k < n_here)", "first + k < n_here - 1)"),
+    "row-past-the-last": (PLAIN, SOURCE, "first + k < n_here)", "first + k <= n_here)"),
+    "last-weight-missing": (PLAIN, SOURCE, "i < n_here ?", "i < n_here - 1 ?"),
+    "weights-of-the-next-rows": (PLAIN, SOURCE, "fours[q][first / 4]", "fours[q][first / 4 + 1]"),
+    "last-tile-of-rows-missing": (PLAIN, SOURCE, "first < n_here;", "first + 128 < n_here;"),
+    "last-piece-missing": (LONG, SOURCE, "start < n;", "start + piece < n;"),
+    "scores-of-the-first-piece": (LONG, SOURCE, "of_query[start + i]", "of_query[i]"),
+    "rows-of-the-first-piece": (LONG, SOURCE, "start + first + k]", "first + k]"),
+    "maximum-without-the-last-row": (PLAIN, SOURCE, "&& i < n;", "&& i < n - 1;"),
     "rows-of-another-head": (PLAIN, SOURCE, "rows[kv_head * n", "rows[batch * n_kv_heads * n"),
     "rows-of-another-batch": (PLAIN, SOURCE, "rows[kv_head * n", "rows[head * n"),
-    "weights-of-another-head": (
-        PLAIN,
-        SOURCE,
-        "weights + first_query",
-        "weights + (first_query + n_queries) % (2 * n_kv_heads * n_queries)",
-    ),
-    "weights-of-the-next-query": (PLAIN, SOURCE, "from + q * n", "from + (q + 1) % n_summed * n"),
-    "weights-of-the-first-tile": (PLAIN, SOURCE, "* n;\n\n", "* n - query * n;\n\n"),
+    "scores-of-the-first-head": (PLAIN, SOURCE, "(first_query + sg)", "(query + sg)"),
+    "scores-of-the-first-tile": (PLAIN, SOURCE, "(first_query + sg)", "(first_query - query + sg)"),
+    "weights-of-the-next-query": (PLAIN, SOURCE, "fours[q]", "fours[(q + 1) % n_summed]"),
+    "maximum-missing": (PLAIN, SOURCE, "[start + i] - largest", "[start + i]"),
+    "maximum-without-the-others": (PLAIN, SOURCE, "largest = total,", "largest = -INFINITY,"),
+    "maximum-of-a-lane": (PLAIN, SOURCE, "simd_max(largest)", "largest"),
+    "sum-of-a-lane": (PLAIN, SOURCE, "simd_sum(divisor)", "divisor"),
+    "sum-without-the-others": (PLAIN, SOURCE, " + exp(total - largest);", ";"),
+    "totals-of-the-first-query": (PLAIN, SOURCE, "totals[first_query + sg]", "totals[first_query]"),
+    "totals-of-the-first-head": (PLAIN, SOURCE, "totals[first_query", "totals[query"),
+    "sums-not-divided": (PLAIN, SOURCE, "sum / divisors[q]", "sum"),
+    "rest-not-divided": (PLAIN, SOURCE, "largest) / divisor", "largest)"),
+    "rest-of-the-first-query": (PLAIN, SOURCE, "left[e / value_dim]", "left[0]"),
+    "rest-of-another-batch": (PLAIN, SOURCE, "beside[at]", "beside[at % (20 * value_dim)]"),
+    "rest-of-the-first-tile": (PLAIN, SOURCE, "beside[at]", "beside[at - query * value_dim]"),
+    "last-of-the-rest-unwritten": (PLAIN, SOURCE, "n_summed * value_dim;", "n_summed - 1;"),
     "last-query-unwritten": (PLAIN, SOURCE, "e < n_summed * N", "e < (n_summed - 1) * N"),
     "last-tile-of-queries-missing": (PLAIN, SOURCE, "(n_queries + QUERIES - 1)", "n_queries"),
     "half-a-row-missing": (PLAIN, SOURCE, "x[k].high[c])", "x[k].low[c])"),
@@ -203,17 +270,26 @@ def test_planted_fault_is_caught(metal, reference, plant, name):
     assert error > 10 * TOLERANCE["float32"], f"an error of {error:.1e} only"
 
 
-def test_missing_barrier_is_caught(emulated, plant):
-    barrier = "threadgroup_barrier(mem_flags::mem_threadgroup);"
-    assert weigh_rows.SOURCE.count(barrier) == 1
-    plant(SOURCE, barrier, "")
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+
+
+@pytest.mark.parametrize("occurrence", range(weigh_rows.SOURCE.count(BARRIER)))
+def test_missing_barrier_is_caught(emulated, plant, occurrence):
+    plant(SOURCE, BARRIER, "", occurrence)
     with pytest.raises(emulator.MetalKernelError) as caught:
-        weigh_rows.KERNEL(*make_arguments(emulated, PLAIN, "float16"))
+        weigh_rows.KERNEL(*make_arguments(emulated, LONG, "float16"))
     assert caught.value.kind in ("data-race", "uninitialised")
 
 
+def test_missing_weights_past_the_last_are_caught(emulated, plant):
+    plant(SOURCE, "(n_here + 3) / 4 * 4", "n_here")
+    with pytest.raises(emulator.MetalKernelError) as caught:
+        weigh_rows.KERNEL(*make_arguments(emulated, PLAIN, "float16"))
+    assert caught.value.kind == "uninitialised"
+
+
 @pytest.mark.parametrize(
-    "fault", ["weights-of-the-first-tile", "rows-of-another-head", "second-word-missing"]
+    "fault", ["scores-of-the-first-tile", "rows-of-another-head", "second-word-missing"]
 )
 def test_check_at_first_use_tries_more_than_what_is_given(emulated, plant, fault):
     case, *place = FAULTS[fault]

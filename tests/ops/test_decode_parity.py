@@ -13,14 +13,16 @@ from xkv import load_backend
 from xkv.checks.decode_cases import CASES, DTYPES, DecodeInputs, make_inputs
 from xkv.checks.operations import OPERATIONS
 from xkv.checks.tolerances import PLAIN_TOLERANCE, relative_error
-from xkv.ops.attention import attend_all, attend_set, rebuild_all
+from xkv.ops.attention import attend_all, rebuild_all
 from xkv.ops.backend import Backend
 from xkv.ops.scores import Dense
 from xkv.ops.types import RopeRun, RopeSpec, Segment
+from xkv.ops.working_set import attend_set
 
 DECODING = (
-    *("absorbed_queries", "index_scores", "rebuild_rows keys", "rebuild_rows values"),
-    *("weigh_rows", "attend_all", "attend_set"),
+    *("attend_dense", "query_terms", "absorbed_queries", "index_scores", "choose_rows"),
+    *("rebuild_keys", "rebuild_rows keys", "rebuild_rows values", "weigh_rows"),
+    *("attend_all", "attend_set"),
 )
 
 

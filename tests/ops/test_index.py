@@ -28,10 +28,15 @@ RUNS = {
 }
 
 
+def columns_of(backend, latent, dtype) -> np.ndarray:
+    parts = index_columns(backend, latent, dtype)
+    return np.concatenate([backend.to_numpy(part) for part in parts], axis=-1)
+
+
 def by_definition(backend, x) -> np.ndarray:
     """Scores ``[B, n_kv_heads, L]`` row by row: means over the positions of a row's block."""
     stored, case = x.segment.keys, x.case
-    columns = backend.to_numpy(index_columns(backend, stored.latent, stored.basis.dtype))
+    columns = columns_of(backend, stored.latent, stored.basis.dtype)
     rows = np.einsum("blr,brhd->bhld", columns, backend.to_numpy(index_basis(backend, stored)))
     queries = backend.to_numpy(x.queries * x.scale)
     queries = queries.reshape(case.batch, case.n_kv_heads, -1, case.head_dim)
@@ -99,7 +104,7 @@ def test_bands_after_the_first_are_read_without_their_words(name):
     words, scales, biases = latent.arrays
     blind = backend.xp.where(backend.positions(0, words.shape[-1]) < 8, words, 0 * words)
     latent = Latent((blind, scales, biases), latent.bits)
-    got = backend.to_numpy(index_columns(backend, latent, backend.xp.float32))
+    got = columns_of(backend, latent, backend.xp.float32)
     assert got.shape[-1] == index.n_columns(latent) == BAND + 2
     assert relative_error(got[..., :BAND], rows[..., :BAND].astype(np.float64)) < 0.1
     assert relative_error(got[..., BAND:], 8 * strong.astype(np.float64)) < 0.1

@@ -123,8 +123,11 @@ def run_every_operation(backend: MLXBackend) -> None:
         OPERATIONS[name](backend, inputs, "float32")
 
 
-NAMES = ["index_scores", "rebuild_rows keys", "weigh_rows"]
-KERNELS = ["index_scores", "rebuild_rows", "weigh_rows"]
+NAMES = [
+    *("attend_dense", "query_terms", "index_scores", "choose_rows"),
+    *("rebuild_keys", "rebuild_rows keys", "weigh_rows"),
+]
+KERNELS = [name.split()[0] for name in NAMES]
 
 
 def test_missing_device_is_told_once_for_all_operations(monkeypatch, caplog):

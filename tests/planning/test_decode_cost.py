@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import mlx.core as mx
 import pytest
@@ -13,12 +13,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from xkv import XKVConfig
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.checks.decode_step import DecodeStep, StepShape
-from xkv.ops.attention import attend_all, attend_set
+from xkv.ops.attention import attend_all
+from xkv.ops.working_set import SWAP_STEPS, Choice, attend_set
 from xkv.planning.chips import CHIPS, LENGTHS, MODELS, Chip, milliseconds
 from xkv.planning.decode_cost import (
     LAUNCHES,
     TOPK_LAUNCHES,
     LayerShape,
+    Parts,
     StepWork,
     every_row,
     full_cache,
@@ -36,8 +38,19 @@ SHAPES = {
 }
 VIEWS = {"Broadcast", "ExpandDims", "Reshape", "Slice", "Squeeze", "Transpose"}
 CONFIG = XKVConfig(compression=8)
-PLAIN_LAUNCHES = 80
-"""More than with kernels, at most, where the twins of the three kernels run."""
+KERNELS = {"attend_dense", "query_terms", "index_scores", "choose_rows"}
+KERNELS |= {"rebuild_rows", "rebuild_keys", "weigh_rows"}
+TRITON = KERNELS - {"attend_dense", "choose_rows"}
+MOST_LAUNCHES = 16
+"""Of a layer's step on Metal."""
+MORE_WITHOUT = 100
+"""Launches, at most, where plain operations take the place of Triton's kernels."""
+
+
+def of_swapping_step(parts: Parts) -> Parts:
+    """Counted is an average; what runs here swaps."""
+    swap = parts["swap"]
+    return {**parts, "swap": StepWork(*(SWAP_STEPS * n for n in astuple(swap)))}
 
 
 @pytest.mark.parametrize("n_tokens", [1500, 4200])
@@ -47,7 +60,7 @@ def test_products_by_formula_are_those_that_run(reference, shape, n_tokens):
     layer, config = step.layer, step.config
     for name, parts in {
         "every row": every_row(layer, config, n_tokens),
-        "working set": working_set(layer, config, n_tokens),
+        "working set": of_swapping_step(working_set(layer, config, n_tokens, is_metal=False)),
     }.items():
         with FlopCounterMode(display=False) as counter:
             step.forms()[name]()
@@ -63,33 +76,66 @@ def test_full_attention_by_formula_is_two_products(reference):
 
 
 class OneNodeEach(MLXBackend):
-    """What is one kernel on Metal is one node of the graph, of the right shape; nothing runs."""
+    """What is one kernel is one node of the graph, of the right shape; nothing runs.
 
-    def __init__(self, has_kernels: bool) -> None:
+    Args:
+        kernels: Operations that have one.
+    """
+
+    def __init__(self, kernels: set[str]) -> None:
         super().__init__("off")
-        self.has_kernels = has_kernels
+        self.with_kernel = kernels
 
     def dequantize(self, packed, group_size, bits):
         scales = packed[1]
         return _node((*scales.shape[:-1], scales.shape[-1] * group_size), scales.dtype, *packed)
 
-    def rebuild_rows(self, stored, rows):
-        if not self.has_kernels:
-            return super().rebuild_rows(stored, rows)
-        shape = (*rows.shape, stored.basis.shape[-1])
-        return _node(shape, stored.basis.dtype, rows, stored.basis, *stored.latent.arrays)
+    def attend_dense(self, queries, dense, sinks):
+        if "attend_dense" not in self.with_kernel:
+            return super().attend_dense(queries, dense, sinks)
+        shapes = queries.shape, queries.shape[:3]
+        return _nodes(shapes, (queries.dtype, mx.float32), queries, *dense[:2])
+
+    def query_terms(self, queries, basis, spec):
+        if "query_terms" not in self.with_kernel:
+            return super().query_terms(queries, basis, spec)
+        shape = (queries.shape[0], spec.dims, basis.shape[1] * queries.shape[1] * queries.shape[2])
+        return _node(shape, queries.dtype, queries, basis)
 
     def index_scores(self, absorbed, latent, offsets, n_kv_heads):
-        if not self.has_kernels:
+        if "index_scores" not in self.with_kernel:
             return super().index_scores(absorbed, latent, offsets, n_kv_heads)
         shape = (absorbed.shape[0], n_kv_heads, latent.shape[1])
         return _node(shape, mx.float32, absorbed, offsets, *latent.arrays)
 
-    def weigh_rows(self, latent, rows, weights):
-        if not self.has_kernels:
-            return super().weigh_rows(latent, rows, weights)
-        shape = (*weights.shape[:-1], latent.rank)
-        return _node(shape, weights.dtype, rows, weights, *latent.arrays)
+    def choose_rows(self, worth, kept_rows, n_rebuilt, n_swapped, first_slot):
+        if "choose_rows" not in self.with_kernel:
+            return super().choose_rows(worth, kept_rows, n_rebuilt, n_swapped, first_slot)
+        sizes = [n_rebuilt] + [n_swapped] * 3
+        shapes = [(*worth.shape[:2], n) for n in sizes]
+        return Choice(*_nodes(shapes, [mx.int32] * 4, worth, kept_rows))
+
+    def rebuild_rows(self, stored, rows):
+        if "rebuild_rows" not in self.with_kernel:
+            return super().rebuild_rows(stored, rows)
+        shape = (*rows.shape, stored.basis.shape[-1])
+        return _node(shape, stored.basis.dtype, rows, stored.basis, *stored.latent.arrays)
+
+    def rebuild_keys(self, stored, rows, queries):
+        if "rebuild_keys" not in self.with_kernel:
+            return super().rebuild_keys(stored, rows, queries)
+        n_queries = queries.shape[1] * queries.shape[2] // rows.shape[1]
+        scores = (*rows.shape[:2], n_queries, rows.shape[2])
+        shapes = (*rows.shape, stored.basis.shape[-1]), scores
+        read = rows, stored.basis, *stored.latent.arrays, queries
+        return _nodes(shapes, (queries.dtype, mx.float32), *read)
+
+    def weigh_rows(self, latent, rows, scores, totals, beside):
+        if "weigh_rows" not in self.with_kernel:
+            return super().weigh_rows(latent, rows, scores, totals, beside)
+        shapes = [(*scores.shape[:3], n) for n in (latent.rank, beside.shape[-1])]
+        read = rows, scores, totals, beside, *latent.arrays
+        return _nodes(shapes, (beside.dtype, beside.dtype), *read)
 
     def rope(self, x, positions, spec, inverse=False):
         if not isinstance(positions, int):
@@ -100,10 +146,14 @@ class OneNodeEach(MLXBackend):
         return dtype
 
 
-def _node(shape, dtype, *arrays):
-    zeros = mx.zeros(shape, dtype)
+def _nodes(shapes, dtypes, *arrays):
+    zeros = [mx.zeros(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
     mx.eval(zeros)
-    return mx.depends(zeros, list(arrays))
+    return tuple(mx.depends(zeros, list(arrays)))
+
+
+def _node(shape, dtype, *arrays):
+    return _nodes([shape], [dtype], *arrays)[0]
 
 
 def count_nodes(outputs) -> int:
@@ -114,34 +164,45 @@ def count_nodes(outputs) -> int:
     return sum(name not in VIEWS for name in names)
 
 
+def count_step(shape: StepShape, n_tokens: int, kernels: set[str]) -> int:
+    """Nodes of a step's graph, swaps not written."""
+    backend = OneNodeEach(kernels)
+    step = DecodeStep(backend, replace(shape, dtype="float16"), n_tokens)
+
+    def graph():
+        output, swap = attend_set(
+            *(backend, step.wide_queries(), step.segment(), step.dense, step.scale),
+            *(step.n_rebuilt, step.kept_rows, step.first_slot),
+        )
+        return [output, *swap]
+
+    graph()
+    # tables of angles are kept from the step before
+    mx.eval(*backend._angles.values())
+    return count_nodes(graph())
+
+
 @pytest.mark.parametrize("n_tokens", [1500, 20_000])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_launches_by_formula_are_the_nodes_of_the_graph(shape, n_tokens):
-    counts = {}
-    for has_kernels in (True, False):
-        backend = OneNodeEach(has_kernels)
-        step = DecodeStep(backend, replace(shape, dtype="float16"), n_tokens)
-        inputs = backend, step.wide_queries(), step.segment(), step.dense, step.scale
-
-        def graph(inputs=inputs, rest=(step.n_rebuilt, step.kept_rows, step.first_slot)):
-            output, swap = attend_set(*inputs, *rest)
-            return [output, *swap]
-
-        graph()
-        # tables of angles are kept from the step before
-        mx.eval(*backend._angles.values())
-        counts[has_kernels] = count_nodes(graph())
-    # sorts merge, and are one node
-    launches = total(working_set(step.layer, step.config, n_tokens, sorts=False)).launches
-    launches -= (2 if n_tokens > 10_000 else 1) * TOPK_LAUNCHES
+    layer, config = replace(shape, dtype="float16").layer(n_tokens), shape.config
+    parts = of_swapping_step(working_set(layer, config, n_tokens))
     # without writing: the new token's rows, and the swap's
-    assert counts[True] == launches - 2 - 3
-    assert counts[True] < counts[False] <= counts[True] + PLAIN_LAUNCHES
+    on_metal = total(parts).launches
+    assert parts["swap"].launches == LAUNCHES["swap"]
+    assert on_metal <= MOST_LAUNCHES
+    assert count_step(shape, n_tokens, KERNELS) == on_metal - 2 - 3
+    # a selection is one node here
+    in_triton = of_swapping_step(working_set(layer, config, n_tokens, is_metal=False))
+    in_triton = total(in_triton).launches
+    in_triton -= (2 if n_tokens > 10_000 else 1) * (TOPK_LAUNCHES - 1)
+    assert count_step(shape, n_tokens, TRITON) == in_triton - 2 - 3
+    assert count_step(shape, n_tokens, set()) <= in_triton + MORE_WITHOUT
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_launches_over_every_row_are_no_more_than_by_formula(shape):
-    step = DecodeStep(OneNodeEach(True), replace(shape, dtype="float16"), 1500)
+    step = DecodeStep(OneNodeEach(KERNELS), replace(shape, dtype="float16"), 1500)
     inputs = step.wide_queries(), step.segment(), step.dense
     # without writing the new token, and what only a working set asks of dense rows
     bound = total(every_row(step.layer, step.config, 1500)).launches - 2 - 4
@@ -202,11 +263,12 @@ def test_only_the_index_and_kept_rows_grow_with_the_length():
     assert long["values"] == short["values"] and long["swap"] == short["swap"]
 
 
-def test_sorting_merges_blocks_of_2048():
+def test_a_long_choice_reads_little_but_its_scores():
     layer = SMALL.layer(8192)
-    found = [working_set(layer, CONFIG, n)["top-k"].launches for n in (1800, 4000, 8100)]
-    # one block, then two more launches for each doubling and one to copy
-    assert [n - LAUNCHES["top-k"] for n in found] == [0, 3, 5]
+    for n_tokens, most in ((8000, 5), (131_072, 1.6)):
+        read = working_set(layer, CONFIG, n_tokens)["choice"].n_bytes
+        scores = 4 * 2 * CONFIG.layout(n_tokens).n_rows
+        assert scores < read <= most * scores
 
 
 def test_milliseconds_are_the_longer_of_memory_and_products_part_by_part():

@@ -117,7 +117,7 @@ def test_decode_times_are_arithmetic_on_named_chips(write, capsys):
     model, config = MODELS["Llama-3.1-8B"], XKVConfig(compression=8)
     layer = model.layer(config, 32768)
     for chip in CHIPS:
-        parts = working_set(layer, config, 32768, chip.sorts)
+        parts = working_set(layer, config, 32768, chip.is_metal)
         ms = milliseconds(chip, parts, 32, found["weight_bytes"])
         assert times[chip.name, 32768]["xKV 8 x"] == pytest.approx(ms)
     plan.main(flags)

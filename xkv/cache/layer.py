@@ -14,7 +14,6 @@ from xkv.errors import InputError
 from xkv.ops.attention import (
     attend_all,
     attend_latent,
-    attend_set,
     rebuild_all,
     rope_rows,
     wide_basis,
@@ -22,6 +21,7 @@ from xkv.ops.attention import (
 from xkv.ops.backend import Backend
 from xkv.ops.scores import Dense, is_past
 from xkv.ops.types import Array, Segment, Stored
+from xkv.ops.working_set import SWAP_STEPS, attend_set
 from xkv.store.store import Store
 
 FUSED_QUERIES = 65
@@ -159,11 +159,11 @@ class LayerView:
         wide = xp.astype(queries, backend.step_dtype(queries.dtype))
         segment, dense = self.segment(wide.dtype), self._dense_rows(n_rebuilt is not None, n_new)
         if n_rebuilt is not None:
-            n_dense = dense.keys.shape[-2]
-            mask = is_past(backend, n_dense, n_queries) if n_queries > 1 else None
+            n_tokens = layer.offset + (n_new is not None)
+            is_swapping = (n_tokens + self.index) % SWAP_STEPS == 0
             output, swap = attend_set(
                 *(backend, wide, segment, dense, scale, n_rebuilt),
-                *(layer.kept_rows, layer.start, mask, sinks),
+                *(layer.kept_rows, layer.start, sinks, is_swapping),
             )
             if swap is not None:
                 layer = layer.swapped(backend, swap)

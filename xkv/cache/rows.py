@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from xkv.cache.row_buffer import RowBuffer
-from xkv.ops.attention import Swap
 from xkv.ops.backend import Backend
 from xkv.ops.types import Array, RopeRun, RopeSpec
+from xkv.ops.working_set import Swap
 
 
 class LayerRows(NamedTuple):
@@ -91,11 +91,10 @@ class LayerRows(NamedTuple):
     def swapped(self, backend: Backend, swap: Swap) -> LayerRows:
         """These rows with others in some slots of the working set."""
         assert self.kept_rows is not None
-        places = swap.slots + self.start
         return self._replace(
             kept_rows=backend.put_along(self.kept_rows, swap.slots, swap.rows, in_place=True),
-            keys=self.keys.written(backend, places, swap.keys),
-            values=self.values.written(backend, places, swap.values),
+            keys=self.keys.written(backend, swap.places, swap.keys),
+            values=self.values.written(backend, swap.places, swap.values),
         )
 
     def with_room(self, backend: Backend, n_rows: int) -> LayerRows:

@@ -11,11 +11,12 @@ import numpy as np
 
 from xkv.config import BAND, USUAL_COMPRESSION, XKVConfig
 from xkv.errors import InputError
-from xkv.ops.attention import Dense, attend_all, attend_set, rebuild_all, wide_basis
+from xkv.ops.attention import Dense, attend_all, rebuild_all, wide_basis
 from xkv.ops.backend import Backend
 from xkv.ops.index import rows_of_index
 from xkv.ops.latent import WORD_BITS, Latent
 from xkv.ops.types import Array, RopeRun, RopeSpec, Segment, Stored
+from xkv.ops.working_set import attend_set
 from xkv.planning.chips import MODELS, NamedModel
 from xkv.planning.decode_cost import (
     Bits,
@@ -152,7 +153,7 @@ class DecodeStep:
             arrays.append(backend.xp.astype(row, self.dtype))
         basis = self._draw(1, rank, self.layer.group.n_kv_heads, dim, size=rank**-0.5)
         index_rows = backend.own(rows_of_index(backend, basis, True)) if runs else None
-        backend.evaluate(*arrays, basis)
+        backend.evaluate(*arrays, basis, *([] if index_rows is None else [index_rows]))
         latent = Latent(tuple(arrays), bits)
         return Stored(latent, basis, self.config.sinks, runs, index_rows)
 
@@ -200,12 +201,11 @@ class DecodeStep:
         )
         if swap is None:
             return [output]
-        places = swap.slots + self.first_slot
         keys, values, self.kept_rows = (
             backend.put_along(old, at, new, in_place=True)
             for old, at, new in (
-                (dense.keys, places, swap.keys),
-                (dense.values, places, swap.values),
+                (dense.keys, swap.places, swap.keys),
+                (dense.values, swap.places, swap.values),
                 (self.kept_rows, swap.slots, swap.rows),
             )
         )
@@ -226,7 +226,7 @@ class DecodeStep:
         return {
             "full": full_cache(self.layer, self.n_tokens),
             "every row": every_row(*counted),
-            "working set": working_set(*counted, sorts=self.backend.name == "mlx"),
+            "working set": working_set(*counted, self.backend.name == "mlx"),
         }
 
     def moved_bytes(self) -> dict[str, int]:

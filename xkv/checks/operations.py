@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from xkv.checks.decode_cases import CASES, DecodeInputs
-from xkv.ops.attention import attend_all, attend_set
+from xkv.ops.attention import attend_all
 from xkv.ops.backend import Backend
-from xkv.ops.index import absorbed_queries
+from xkv.ops.index import absorbed_queries, index_basis
 from xkv.ops.types import Array
+from xkv.ops.working_set import attend_set, n_swaps
 from xkv.store.svd import factorize
 
 PARITY_CASES = (CASES[0], CASES[1], CASES[4], CASES[6])
@@ -82,13 +83,56 @@ def _index_scores(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
     return backend.index_scores(absorbed, latent, offsets_of(backend, x), x.case.n_kv_heads)
 
 
+def _together(backend: Backend, parts: tuple[Array, ...]) -> Array:
+    """Several results as one."""
+    xp = backend.xp
+    wide = [xp.astype(x, backend.accumulate_dtype(x)) for x in parts]
+    return xp.concat([xp.reshape(x, (-1,)) for x in wide])
+
+
+def _attend_dense(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
+    return _together(backend, backend.attend_dense(x.queries * x.scale, x.dense, None))
+
+
+def _query_terms(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
+    basis = index_basis(backend, x.segment.keys)
+    return backend.query_terms(x.queries * x.scale, basis, x.case.spec)
+
+
+def choice_of(backend: Backend, x: DecodeInputs) -> tuple[Any, ...]:
+    """Arguments of a choice of rows: scores that float32 holds, and swaps where rows are kept."""
+    case, n_kept = x.case, x.case.n_kept
+    shape = (case.batch, case.n_kv_heads, case.n_rows)
+    numbers = backend.positions(0, math.prod(shape)) * 7919 % 10007
+    worth = backend.xp.astype(backend.xp.reshape(numbers, shape), backend.xp.float32) / 64 - 80
+    n_rebuilt = min(case.n_rebuilt, case.n_rows - n_kept)
+    return worth, x.kept_rows, n_rebuilt, n_swaps(n_kept, n_rebuilt), 4
+
+
+def _choose_rows(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
+    worth, kept_rows, n_rebuilt, *rest = choice_of(backend, x)
+    chosen = backend.choose_rows(worth, kept_rows, n_rebuilt, *rest)
+    if chosen.entering is None:
+        # in any order
+        return _together(backend, (backend.xp.sort(chosen.rows, axis=-1),))
+    return _together(backend, chosen)
+
+
+def _rebuild_keys(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
+    keys_and_scores = backend.rebuild_keys(x.segment.keys, x.rows, x.queries * x.scale)
+    return _together(backend, keys_and_scores)
+
+
+def weighing_of(backend: Backend, x: DecodeInputs) -> tuple[Array, ...]:
+    """Arguments of a weighing: scores of some rows, beside the attention over dense ones."""
+    queries = x.queries * x.scale
+    beside, totals = backend.attend_dense(queries, x.dense, None)
+    _, scores = backend.rebuild_keys(x.segment.keys, x.rows, queries)
+    return x.segment.values.latent, x.rows, scores, totals, beside
+
+
 def _weigh_rows(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
-    """By what a softmax would give."""
-    shape = (*x.rows.shape[:2], x.case.n_heads // x.case.n_kv_heads, x.rows.shape[2])
-    numbers = backend.positions(0, math.prod(shape)) % 17 / 100.0
-    numbers = backend.xp.reshape(numbers, shape)
-    weights = backend.xp.astype(numbers, x.queries.dtype)
-    return backend.weigh_rows(x.segment.values.latent, x.rows, weights)
+    return _together(backend, backend.weigh_rows(*weighing_of(backend, x)))
 
 
 def _attend_all(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
@@ -155,8 +199,12 @@ OPERATIONS: dict[str, Operation] = {
     "attention": lambda backend, x, dtype: backend.attention(
         x.queries, x.dense.keys, x.dense.values, x.scale, None
     ),
+    "attend_dense": _attend_dense,
+    "query_terms": _query_terms,
     "absorbed_queries": lambda backend, x, dtype: absorbed_of(backend, x),
     "index_scores": _index_scores,
+    "choose_rows": _choose_rows,
+    "rebuild_keys": _rebuild_keys,
     "rebuild_rows keys": _rebuild_rows("keys"),
     "rebuild_rows values": _rebuild_rows("values"),
     "weigh_rows": _weigh_rows,

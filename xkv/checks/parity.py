@@ -101,7 +101,7 @@ def compare_generation(model: str, max_tokens: int) -> Iterator[Line]:
         config = XKVConfig(rank_k=RANK, rank_v=RANK, window=24, **options)
         answer, want = _greedy_steps(torch_model, tokens, config, max_tokens)
         _, got = _greedy_steps(mlx_model, tokens, config, max_tokens, answer)
-        path = backend.kernels.last_path.get("rebuild_rows", "plain")
+        path = backend.kernels.last_path.get("rebuild_keys", "plain")
         error = relative_error(got, want)
         text = repr(torch_model.decode(answer))
         yield Line(f"{form}, logits", dtype, "mlx", path, error, LOGITS_TOLERANCE[dtype], text)

@@ -80,6 +80,10 @@ class Engine(ABC):
     def identity(self) -> ModelIdentity:
         """What a profile of this model agrees with."""
 
+    def speed_up(self) -> str | None:
+        """Compute as fast as this device can, rows held in their dtype; what to say of it."""
+        return None
+
     @abstractmethod
     def generate(
         self,

@@ -12,7 +12,8 @@ from xkv.cache.layer import LayerView
 from xkv.cache.lowrank_cache import LayerCache, LowRankCache
 from xkv.evaluation.prefix import Prefix
 from xkv.ops.backend import Backend
-from xkv.ops.types import Array, Stored
+from xkv.ops.types import Array
+from xkv.ops.working_set import Choice
 from xkv.planning.document import Document
 from xkv.planning.language_model import LanguageModel
 
@@ -72,14 +73,10 @@ class _Notes:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
 
-    def index_scores(self, *args: Any) -> Array:
-        self.worth = self._backend.index_scores(*args)
-        return self.worth
-
-    def rebuild_rows(self, stored: Stored, rows: Array) -> Array:
-        # keys come first; then values of the few that stay
-        self.rebuilt = rows if self.rebuilt is None else self.rebuilt
-        return self._backend.rebuild_rows(stored, rows)
+    def choose_rows(self, worth: Array, *rest: Any) -> Choice:
+        chosen = self._backend.choose_rows(worth, *rest)
+        self.worth, self.rebuilt = worth, chosen.rows
+        return chosen
 
 
 def why_no_working_set(cache: LowRankCache) -> str | None:

@@ -1,25 +1,16 @@
-"""Attention over a compressed segment and dense rows, and what it rebuilds of stored rows."""
+"""Attention over every row of a compressed segment, and what is rebuilt of stored rows."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-from xkv.ops.index import absorbed_queries, top_rows
 from xkv.ops.latent import Latent
 from xkv.ops.protocol import Operations
-from xkv.ops.scores import Dense, grouped_scores, masked, without_unused
+from xkv.ops.scores import Dense, grouped_scores, masked, sink_scores, without_unused
 from xkv.ops.types import Array, RopeRun, Segment, Stored
 
 RAISED = 128.0
 """Weights of a million rows stay normal numbers, and sums finite for values up to 511."""
-
-MAX_SWAPS = 32
-"""Kept rows, the worst, that a step replaces by the best of the others; a quarter of few.
-
-The worst may have been better. It is then among the next step's best, and costs what they do.
-"""
 
 
 def rope_rows(
@@ -121,14 +112,21 @@ def attend_all(
     Returns:
         ``[B, n_heads, Lq, value_dim]`` in the queries' dtype; the softmax is in float32 or wider.
     """
+    xp = backend.xp
     queries, keys = queries * scale, rebuild_all(backend, segment.keys)
     scores = grouped_scores(backend, queries, [keys, dense.keys])
     scores = without_unused(backend, masked(backend, queries, scores, mask), dense)
     latent = segment.values.latent.unpack(backend, segment.values.basis.dtype)[:, None]
-    return _weighted(
-        *(backend, queries, scores, latent.shape[-2], lambda weights: weights @ latent),
-        *(segment.values, dense, sinks),
-    )
+    n_stored, n_rows = latent.shape[-2], scores.shape[-1]
+    if sinks is not None:
+        each = sink_scores(backend, sinks, scores.shape[:3], scores.dtype)
+        scores = xp.concat([scores, each[..., None]], axis=-1)
+    weights, raised = raised_weights(backend, xp.softmax(scores, -1), queries.dtype)
+    basis = xp.permute_dims(segment.values.basis, (0, 2, 1, 3))
+    output = weights[..., :n_stored] @ latent @ basis
+    output = output + weights[..., n_stored:n_rows] @ xp.astype(dense.values, queries.dtype)
+    output = output if raised == 1 else output / raised
+    return xp.reshape(output, (*queries.shape[:3], dense.values.shape[-1]))
 
 
 def attend_latent(
@@ -168,94 +166,6 @@ def attend_latent(
     return output if raised == 1 else output / raised
 
 
-def weigh_rows(backend: Operations, latent: Latent, rows: Array, weights: Array) -> Array:
-    """Weighted sums of some rows of a latent, for each KV head.
-
-    Args:
-        latent: ``[B, L, r]``
-        rows: Row numbers, ``[B, n_kv_heads, n]``.
-        weights: ``[B, n_kv_heads, M, n]``
-
-    Returns: ``[B, n_kv_heads, M, r]`` in the weights' dtype.
-    """
-    taken = take_rows(backend, latent, rows)
-    sums = [weights @ piece.unpack(backend, weights.dtype) for _, piece in taken.pieces()]
-    return sums[0] if len(sums) == 1 else backend.xp.concat(sums, axis=-1)
-
-
-class Swap(NamedTuple):
-    """What comes into a working set after a step."""
-
-    slots: Array
-    """``[B, n_kv_heads, n]``"""
-    rows: Array
-    """Row numbers of the segment, as many."""
-    keys: Array
-    """``[B, n_kv_heads, n, head_dim]``"""
-    values: Array
-
-
-def attend_set(
-    backend: Operations,
-    queries: Array,
-    segment: Segment,
-    dense: Dense,
-    scale: float,
-    n_rebuilt: int,
-    kept_rows: Array | None,
-    first_slot: int,
-    mask: Array | None = None,
-    sinks: Array | None = None,
-) -> tuple[Array, Swap | None]:
-    """Attend to the rows of a segment that matter most and to dense rows, some of which are kept.
-
-    The index scores every row; the best that are not kept are rebuilt, and gone after the step but
-    for the very best, which take the place of the worst that are kept.
-
-    Args:
-        queries: ``[B, n_heads, Lq, head_dim]``, rotated, few; they all attend to the same rows.
-        segment: The layer's compressed rows, more than ``n_rebuilt`` and those kept.
-        dense: The others, and the working set's slots.
-        scale: Factor on the scores.
-        n_rebuilt: Rows to rebuild for each KV head.
-        kept_rows: Distinct row numbers that the slots hold, ``[B, n_kv_heads, K]``; None without.
-        first_slot: Number of the first slot's dense row.
-        mask: Boolean ``[..., Lq, D]`` over dense rows.
-        sinks: As in :func:`attend_all`.
-
-    Returns:
-        ``[B, n_heads, Lq, value_dim]``, and what comes into the slots.
-    """
-    xp = backend.xp
-    batch, n_kv_heads = queries.shape[0], dense.keys.shape[1]
-    queries = queries * scale
-    beside = grouped_scores(backend, queries, [dense.keys])
-    beside = without_unused(backend, masked(backend, queries, beside, mask), dense)
-    # how much a head gives to rows that need no rebuilding: by less than that, others do not matter
-    offsets = xp.reshape(backend.logsumexp(beside), (batch, -1))
-    absorbed = absorbed_queries(backend, queries, segment.keys)
-    worth = backend.index_scores(absorbed, segment.keys.latent, offsets, n_kv_heads)
-    missing = worth
-    if kept_rows is not None:
-        missing = backend.put_along(worth, kept_rows, backend.constant([-math.inf], worth.dtype))
-    rows = top_rows(backend, missing, n_rebuilt)
-    keys = backend.rebuild_rows(segment.keys, rows)
-    scores = xp.concat([grouped_scores(backend, queries, [keys]), beside], axis=-1)
-
-    def weigh(weights: Array) -> Array:
-        return backend.weigh_rows(segment.values.latent, rows, weights)
-
-    output = _weighted(backend, queries, scores, n_rebuilt, weigh, segment.values, dense, sinks)
-    n_swaps = 0 if kept_rows is None else min(MAX_SWAPS, kept_rows.shape[-1] // 4, n_rebuilt)
-    if not n_swaps:
-        return output, None
-    slots = xp.argsort(backend.take_along(worth, kept_rows), axis=-1)[..., :n_swaps]
-    best = xp.argsort(-backend.take_along(missing, rows), axis=-1)[..., :n_swaps]
-    entering = backend.take_along(rows, best)
-    values = backend.rebuild_rows(segment.values, entering)
-    return output, Swap(slots, entering, backend.take_along(keys, best), values)
-
-
 def raised_weights(backend: Operations, weights: Array, dtype: Any) -> tuple[Array, float]:
     """Softmax weights in the dtype of products, and the factor by which they are too large.
 
@@ -265,36 +175,3 @@ def raised_weights(backend: Operations, weights: Array, dtype: Any) -> tuple[Arr
     is_narrow = dtype == backend.xp.float16
     raised = RAISED if is_narrow else 1.0
     return backend.xp.astype(weights * raised if is_narrow else weights, dtype), raised
-
-
-def _weighted(
-    backend: Operations,
-    queries: Array,
-    scores: Array,
-    n_stored: int,
-    weigh: Callable[[Array], Array],
-    stored: Stored,
-    dense: Dense,
-    sinks: Array | None,
-) -> Array:
-    """Softmax over :func:`grouped_scores`; values in latent space first, then dense ones.
-
-    Args:
-        n_stored: The first columns of ``scores``.
-        weigh: Sums the latents of these rows by weights ``[B, n_kv_heads, M, n_stored]``.
-        stored: Values.
-        dense: The other columns.
-    """
-    xp = backend.xp
-    if sinks is not None:
-        n_rows = scores.shape[2] * scores.shape[1] // sinks.shape[0]
-        each = xp.reshape(xp.astype(sinks, scores.dtype), (scores.shape[1], -1, 1))
-        each = xp.reshape(xp.broadcast_to(each, (*each.shape[:2], n_rows)), (1, *scores.shape[1:3]))
-        each = xp.broadcast_to(each, scores.shape[:3])[..., None]
-        scores = xp.concat([scores, each], axis=-1)
-    weights, raised = raised_weights(backend, xp.softmax(scores, -1), queries.dtype)
-    output = weigh(weights[..., :n_stored]) @ xp.permute_dims(stored.basis, (0, 2, 1, 3))
-    on_dense = weights[..., n_stored : n_stored + dense.values.shape[-2]]
-    output = output + on_dense @ xp.astype(dense.values, queries.dtype)
-    output = output if raised == 1 else output / raised
-    return xp.reshape(output, (*queries.shape[:3], dense.values.shape[-1]))

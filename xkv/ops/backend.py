@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-from xkv.ops import attention, index, rope
+from xkv.ops import attention, index, rope, working_set
 from xkv.ops.kernels import KernelDispatch
 from xkv.ops.latent import Latent
 from xkv.ops.protocol import Operations
+from xkv.ops.scores import Dense
 from xkv.ops.types import Array, RopeSpec, Stored
 
 MAX_TABLES = 64
@@ -51,16 +52,43 @@ class Backend(Operations):
             self._angles[key] = self.xp.astype(numbers, dtype)
         return self._angles[key]
 
-    def rebuild_rows(self, stored: Stored, rows: Array) -> Array:
-        """:func:`xkv.ops.attention.rebuild_rows`"""
-        return attention.rebuild_rows(self, stored, rows)
+    def attend_dense(
+        self, queries: Array, dense: Dense, sinks: Array | None
+    ) -> tuple[Array, Array]:
+        """:func:`xkv.ops.working_set.attend_dense`"""
+        return working_set.attend_dense(self, queries, dense, sinks)
 
-    def weigh_rows(self, latent: Latent, rows: Array, weights: Array) -> Array:
-        """:func:`xkv.ops.attention.weigh_rows`"""
-        return attention.weigh_rows(self, latent, rows, weights)
+    def query_terms(self, queries: Array, basis: Array, spec: RopeSpec) -> Array:
+        """:func:`xkv.ops.index.query_terms`"""
+        return index.query_terms(self, queries, basis, spec)
 
     def index_scores(
         self, absorbed: Array, latent: Latent, offsets: Array, n_kv_heads: int
     ) -> Array:
         """:func:`xkv.ops.index.index_scores`"""
         return index.index_scores(self, absorbed, latent, offsets, n_kv_heads)
+
+    def choose_rows(
+        self,
+        worth: Array,
+        kept_rows: Array | None,
+        n_rebuilt: int,
+        n_swapped: int,
+        first_slot: int,
+    ) -> working_set.Choice:
+        """:func:`xkv.ops.working_set.choose_rows`"""
+        return working_set.choose_rows(self, worth, kept_rows, n_rebuilt, n_swapped, first_slot)
+
+    def rebuild_rows(self, stored: Stored, rows: Array) -> Array:
+        """:func:`xkv.ops.attention.rebuild_rows`"""
+        return attention.rebuild_rows(self, stored, rows)
+
+    def rebuild_keys(self, stored: Stored, rows: Array, queries: Array) -> tuple[Array, Array]:
+        """:func:`xkv.ops.working_set.rebuild_keys`"""
+        return working_set.rebuild_keys(self, stored, rows, queries)
+
+    def weigh_rows(
+        self, latent: Latent, rows: Array, scores: Array, totals: Array, beside: Array
+    ) -> tuple[Array, Array]:
+        """:func:`xkv.ops.working_set.weigh_rows`"""
+        return working_set.weigh_rows(self, latent, rows, scores, totals, beside)

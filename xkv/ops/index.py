@@ -30,22 +30,21 @@ def n_columns(latent: Latent) -> int:
     return min(BAND, latent.rank) + max(len(latent.bits) - 1, 0)
 
 
-def index_columns(backend: Operations, latent: Latent, dtype: Any) -> Array:
-    """What of each row is scored: ``[B, L, n]`` in a dtype.
+def index_columns(backend: Operations, latent: Latent, dtype: Any) -> list[Array]:
+    """What of each row is scored: ``[B, L, n]`` in a dtype, in one or two parts.
 
     The first band's columns and, of each other band, the direction that is the mean of its columns:
     the plan puts the strongest directions there. The middle of a row's codes stands for their mean,
     so that no words of these bands are read.
     """
     if not latent.is_packed:
-        return backend.xp.astype(latent.arrays[0][..., :BAND], dtype)
-    xp = backend.xp
+        return [backend.xp.astype(latent.arrays[0][..., :BAND], dtype)]
     first = latent.bands(0, 1).unpack(backend, dtype)
     if len(latent.bits) == 1:
-        return first
+        return [first]
     _, scales, biases = latent.bands(1, len(latent.bits)).astype(backend, dtype).arrays
     middles = backend.constant([(2**bits - 1) / 2 for bits in latent.bits[1:]], dtype)
-    return xp.concat([first, (scales * middles + biases) * BAND**0.5], axis=-1)
+    return [first, (scales * middles + biases) * BAND**0.5]
 
 
 def index_basis(backend: Operations, stored: Stored) -> Array:
@@ -81,15 +80,38 @@ def absorbed_queries(backend: Operations, queries: Array, stored: Stored) -> Arr
     basis = index_basis(backend, stored)
     batch, n_index, n_kv_heads, head_dim = basis.shape
     batch = max(batch, queries.shape[0])
+    n_queries = queries.shape[1] * queries.shape[2]
+    spec = next((run.spec for run in stored.rope_runs if run.spec is not None), None)
+    if spec is None:
+        grouped = xp.reshape(queries, (queries.shape[0], n_kv_heads, -1, head_dim))
+        summed = xp.permute_dims(basis, (0, 2, 1, 3)) @ xp.matrix_transpose(grouped)
+        summed = xp.permute_dims(summed, (0, 2, 1, 3))
+        return xp.reshape(summed, (batch, 1, n_index, n_queries))
+    terms = backend.query_terms(queries, basis, spec)
+    table = block_table(backend, stored, spec.dims < head_dim, queries.dtype)
+    return xp.reshape(table @ terms, (batch, table.shape[0], n_index, n_queries))
+
+
+def query_terms(backend: Operations, queries: Array, basis: Array, spec: RopeSpec) -> Array:
+    """What queries and a basis make of each pair of features, by which a block turns them back.
+
+    Args:
+        queries: ``[B, n_heads, Lq, head_dim]``, rotated and scaled.
+        basis: :func:`index_basis`, ``[B or 1, n, n_kv_heads, head_dim]``.
+        spec: How the queries are rotated.
+
+    Returns:
+        ``[B, 2 * pairs (+ 1), n * n_heads * Lq]``: of each pair of features the factor of its
+        cosine, then of each that of its sine; last, where features are not rotated, their product.
+    """
+    xp = backend.xp
+    batch, n_index, n_kv_heads, head_dim = basis.shape
+    batch = max(batch, queries.shape[0])
     n_queries = queries.shape[1] // n_kv_heads * queries.shape[2]
     # [B, features, 1, heads, queries] and [B, features, n, heads, 1]
     turned = xp.reshape(queries, (queries.shape[0], n_kv_heads, n_queries, head_dim))
     turned = xp.permute_dims(turned, (0, 3, 1, 2))[:, :, None]
     rows = xp.permute_dims(basis, (0, 3, 1, 2))[..., None]
-    spec = next((run.spec for run in stored.rope_runs if run.spec is not None), None)
-    if spec is None:
-        summed = xp.sum(turned * rows, axis=1)
-        return xp.reshape(summed, (batch, 1, n_index, n_kv_heads * n_queries))
     half, dims = spec.dims // 2, spec.dims
     one, two = slice(0, half), slice(half, dims)
     if spec.traditional:
@@ -99,9 +121,7 @@ def absorbed_queries(backend: Operations, queries: Array, stored: Stored) -> Arr
     parts = [part * spec.scale for part in parts] if spec.scale != 1 else parts
     if dims < head_dim:
         parts.append(xp.sum(turned[:, dims:] * rows[:, dims:], axis=1, keepdims=True))
-    terms = xp.reshape(xp.concat(parts, axis=1), (batch, -1, n_index * n_kv_heads * n_queries))
-    table = block_table(backend, stored, dims < head_dim, queries.dtype)
-    return xp.reshape(table @ terms, (batch, table.shape[0], n_index, n_kv_heads * n_queries))
+    return xp.reshape(xp.concat(parts, axis=1), (batch, -1, n_index * n_kv_heads * n_queries))
 
 
 def block_table(backend: Operations, stored: Stored, has_rest: bool, dtype: Any) -> Array:
@@ -148,19 +168,23 @@ def index_scores(
     """
     xp = backend.xp
     n_rows, n_blocks, found = latent.shape[1], absorbed.shape[1], []
-    # pieces that fit into a CPU's cache
-    for first in range(0, n_rows, BLOCK * BLOCKS):
-        end = min(first + BLOCK * BLOCKS, n_rows)
-        columns = index_columns(backend, latent.rows(first, end), absorbed.dtype)
-        if n_blocks > 1:
-            here = absorbed[:, first // BLOCK : -(-end // BLOCK)]
-            columns = _in_blocks(backend, columns, here.shape[1])
-            products = xp.reshape(columns @ here, (here.shape[0], -1, here.shape[-1]))
-        else:
-            products = columns @ absorbed[:, 0]
-        scores = xp.astype(products[:, : end - first], offsets.dtype) - offsets[:, None]
-        grouped = xp.reshape(scores, (scores.shape[0], end - first, n_kv_heads, -1))
-        found.append(xp.max(grouped, axis=-1))
+    # pieces of whole blocks, that fit into a CPU's cache, then the rows of one that is not whole
+    step, whole = BLOCK * BLOCKS, n_rows - n_rows % BLOCK if n_blocks > 1 else n_rows
+    ends = sorted({*range(step, whole, step), whole, n_rows} - {0})
+    for first, end in zip([0, *ends], ends, strict=False):
+        here = absorbed[:, first // BLOCK : -(-end // BLOCK)] if n_blocks > 1 else absorbed
+        size = (latent.shape[0], here.shape[1], (end - first) // here.shape[1])
+        products, row = None, 0
+        for columns in index_columns(backend, latent.rows(first, end), absorbed.dtype):
+            width = columns.shape[-1]
+            part = xp.reshape(columns, (*size, width)) @ here[:, :, row : row + width]
+            products = part if products is None else products + part
+            row += width
+        scores = xp.astype(
+            xp.reshape(products, (absorbed.shape[0], end - first, -1)), offsets.dtype
+        )
+        scores = xp.reshape(scores - offsets[:, None], (*scores.shape[:2], n_kv_heads, -1))
+        found.append(xp.max(scores, axis=-1))
     together = found[0] if len(found) == 1 else xp.concat(found, axis=1)
     return xp.permute_dims(together, (0, 2, 1))
 
@@ -182,14 +206,3 @@ def top_rows(backend: Operations, scores: Array, count: int) -> Array:
     rows = xp.reshape(rows, (*lead, -1))
     best = backend.top_indices(backend.take_along(scores, rows), count)
     return backend.take_along(rows, best)
-
-
-def _in_blocks(backend: Operations, columns: Array, n_blocks: int) -> Array:
-    """``[B, n_blocks, BLOCK, n]``, with zeros after the last row."""
-    xp = backend.xp
-    batch, n_rows, width = columns.shape
-    n_spare = n_blocks * BLOCK - n_rows
-    if n_spare:
-        spare = xp.zeros((batch, n_spare, width), dtype=columns.dtype, **backend.placement)
-        columns = xp.concat([columns, spare], axis=1)
-    return xp.reshape(columns, (batch, n_blocks, BLOCK, width))

@@ -160,13 +160,38 @@ class Operations(ABC):
         """:func:`xkv.ops.index.block_numbers` of at least so many blocks, kept for later calls."""
 
     @abstractmethod
-    def rebuild_rows(self, stored: Stored, rows: Array) -> Array:
-        """:func:`xkv.ops.attention.rebuild_rows`"""
+    def attend_dense(self, queries: Array, dense: Any, sinks: Array | None) -> tuple[Array, Array]:
+        """:func:`xkv.ops.working_set.attend_dense`"""
 
     @abstractmethod
-    def weigh_rows(self, latent: Any, rows: Array, weights: Array) -> Array:
-        """:func:`xkv.ops.attention.weigh_rows`"""
+    def query_terms(self, queries: Array, basis: Array, spec: RopeSpec) -> Array:
+        """:func:`xkv.ops.index.query_terms`"""
 
     @abstractmethod
     def index_scores(self, absorbed: Array, latent: Any, offsets: Array, n_kv_heads: int) -> Array:
         """:func:`xkv.ops.index.index_scores`"""
+
+    @abstractmethod
+    def choose_rows(
+        self,
+        worth: Array,
+        kept_rows: Array | None,
+        n_rebuilt: int,
+        n_swapped: int,
+        first_slot: int,
+    ) -> Any:
+        """:func:`xkv.ops.working_set.choose_rows`"""
+
+    @abstractmethod
+    def rebuild_rows(self, stored: Stored, rows: Array) -> Array:
+        """:func:`xkv.ops.attention.rebuild_rows`"""
+
+    @abstractmethod
+    def rebuild_keys(self, stored: Stored, rows: Array, queries: Array) -> tuple[Array, Array]:
+        """:func:`xkv.ops.working_set.rebuild_keys`"""
+
+    @abstractmethod
+    def weigh_rows(
+        self, latent: Any, rows: Array, scores: Array, totals: Array, beside: Array
+    ) -> tuple[Array, Array]:
+        """:func:`xkv.ops.working_set.weigh_rows`"""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from xkv.ops.protocol import Operations
 from xkv.ops.types import Array
@@ -57,3 +57,12 @@ def without_unused(backend: Operations, scores: Array, dense: Dense) -> Array:
     xp, n_others = backend.xp, scores.shape[-1] - dense.keys.shape[-2]
     rows = xp.arange(scores.shape[-1], **backend.placement) - n_others
     return xp.where(rows < dense.n_used, scores, xp.finfo(scores.dtype).min)
+
+
+def sink_scores(backend: Operations, sinks: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Scores ``[n_heads]`` of nothing, beside :func:`grouped_scores` of ``shape[:3]``."""
+    xp = backend.xp
+    n_queries = shape[1] * shape[2] // sinks.shape[0]
+    each = xp.reshape(xp.astype(sinks, dtype), (shape[1], -1, 1))
+    each = xp.broadcast_to(each, (*each.shape[:2], n_queries))
+    return xp.broadcast_to(xp.reshape(each, (1, *shape[1:3])), shape[:3])

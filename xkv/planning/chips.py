@@ -36,7 +36,7 @@ class Chip:
         bandwidth: Bytes of memory a second.
         products: Floating-point operations a second that matrix products reach.
         launch_us: Microseconds of a launch.
-        sorts: As in :func:`xkv.planning.decode_cost.working_set`.
+        is_metal: As in :func:`xkv.planning.decode_cost.working_set`.
         source: Where the figures are from.
     """
 
@@ -44,7 +44,7 @@ class Chip:
     bandwidth: float
     products: float
     launch_us: float = METAL_LAUNCH_US
-    sorts: bool = True
+    is_metal: bool = True
     source: str = ""
 
 
@@ -96,10 +96,10 @@ class NamedModel:
         found = self.bits or (planned_bits(shape, config, n_tokens) or [((), ())])[0]
         return LayerShape(self.n_heads, self.group, item_bytes, *found)
 
-    def forms(self, config: XKVConfig, n_tokens: int, sorts: bool) -> tuple[Parts, Parts]:
+    def forms(self, config: XKVConfig, n_tokens: int, is_metal: bool) -> tuple[Parts, Parts]:
         """The work of a layer over the full cache, and with a working set."""
         layer = self.layer(config, n_tokens)
-        return full_cache(layer, n_tokens), working_set(layer, config, n_tokens, sorts)
+        return full_cache(layer, n_tokens), working_set(layer, config, n_tokens, is_metal)
 
 
 MODELS = {

@@ -133,7 +133,7 @@ def _step_ms(facts: ModelFacts, chip: Chip, n_tokens: int, cache: CompressedCach
         if cache is not None and bits is not None:
             keys, values = bits[number]
             layer = replace(layer, key_bits=keys, value_bits=values)
-            parts = working_set(layer, cache.config, n_tokens, chip.sorts)
+            parts = working_set(layer, cache.config, n_tokens, chip.is_metal)
         ms += milliseconds(chip, parts, group.n_layers)
     return ms
 

@@ -1,10 +1,10 @@
 """The work of one decode step of one layer by formula, and the milliseconds it takes on a chip.
 
 Counted are bytes that operations read and write, floating-point operations of matrix products
-(what else is computed hides behind memory), and launches. ``index_scores``, ``rebuild_rows`` and
-``weigh_rows`` are one kernel each, which holds no intermediate result in memory; everything else is
-what the plain operations of :mod:`xkv.ops.attention` do on MLX. One sequence, one query, 16-bit
-arithmetic.
+(what else is computed hides behind memory), and launches. On Metal each fused operation is one
+kernel, which holds no intermediate result in memory; in Triton all but ``attend_dense`` and
+``choose_rows``, which are plain operations of PyTorch. Everything else is what :mod:`xkv.ops` does
+on MLX. One sequence, one query, 16-bit arithmetic.
 """
 
 from __future__ import annotations
@@ -14,28 +14,35 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from xkv.config import BAND, USUAL_COMPRESSION, XKVConfig
-from xkv.ops.attention import MAX_SWAPS
 from xkv.ops.index import BLOCK, RUN, n_columns
 from xkv.ops.latent import Latent
+from xkv.ops.working_set import SWAP_STEPS, n_swaps
 from xkv.store.codec import BITS, row_bytes
 from xkv.store.shapes import CacheShape, GroupShape
 
 FULL_LAUNCHES = 3
 """The new token's key and value written, and the fused attention."""
 LAUNCHES = {
-    "absorbed queries": 9,
+    "scaled queries": 1,
+    "dense rows": 1,
+    "absorbed queries": 2,
     "index scores": 1,
-    "top-k": 4,
-    "rebuilt keys": 3,
+    "choice": 1,
+    "rebuilt keys": 1,
     "values": 3,
-    "dense rows": 14,
-    "swap": 12,
+    "swap": 4,
+    "new token": 2,
 }
-"""MLX's operations but views, by part: a graph of :func:`xkv.ops.attention.attend_set` has 41; 2
-more write the new token, 3 the swap."""
+"""On Metal, by part, where a layer swaps: the nodes of MLX's graph but views, and those written."""
+PLAIN_LAUNCHES = {"dense rows": 9, "choice": 11}
+"""Of what is plain on CUDA, one run of the best rows' selection not counted."""
+EXACT_LAUNCHES = 14
+"""Dense rows and the softmax, where every row is attended to."""
 
-SORT_BLOCK = 2048
-"""Numbers that a thread group sorts: ``argpartition`` on Metal is a merge sort of everything."""
+RADIX_PASSES = 4
+"""Of the Metal kernel that chooses rows, over what it selects from, at most."""
+RUNS_LAUNCHES = 10
+"""Of plain operations that leave out all but the best runs of rows."""
 TOPK_READS, TOPK_LAUNCHES = 5, 12
 """PyTorch's radix selection on CUDA: a read for each byte of a float32, and one for the indices."""
 SCORE_BYTES, SUM_BYTES = 32, 24
@@ -56,6 +63,11 @@ class StepWork:
         return StepWork(
             self.n_bytes + other.n_bytes, self.flops + other.flops, self.launches + other.launches
         )
+
+    def shared_by(self, n_steps: int) -> StepWork:
+        """A step's part of work that is done in one of some steps."""
+        counts = self.n_bytes, self.flops, self.launches
+        return StepWork(*(-(-x // n_steps) for x in counts))
 
 
 Parts = Mapping[str, StepWork]
@@ -168,20 +180,20 @@ def every_row(layer: LayerShape, config: XKVConfig, n_tokens: int) -> dict[str, 
             keys, 2 * n_rows * (width * rank_k + heads * group.key_dim), 7 + runs_k
         ),
         "values": StepWork(values, by_latent, 3 + runs_v),
-        "dense rows": _dense(layer, n_tokens - n_rows),
+        "dense rows": _dense(layer, n_tokens - n_rows, is_fused=False, launches=EXACT_LAUNCHES),
     }
 
 
 def working_set(
-    layer: LayerShape, config: XKVConfig, n_tokens: int, sorts: bool = True
+    layer: LayerShape, config: XKVConfig, n_tokens: int, is_metal: bool = True
 ) -> dict[str, StepWork]:
-    """:func:`xkv.ops.attention.attend_set`, or what takes its place in a short cache.
+    """:func:`xkv.ops.working_set.attend_set`, or what takes its place in a short cache.
 
     Args:
         layer: With the bits of its latents.
         config: Says which rows are stored, kept and rebuilt.
         n_tokens: In the cache.
-        sorts: The best rows are found by sorting all, as on Metal.
+        is_metal: All fused operations are kernels.
     """
     layout = config.layout(n_tokens)
     n_rows, n_kept = layout.n_rows, layout.n_kept
@@ -198,59 +210,63 @@ def working_set(
     key_row, value_row = (layer.latent_row_bytes(x) for x in (layer.key_bits, layer.value_bits))
     width, n_blocks = n_columns(Latent((), layer.key_bits)), -(-n_rows // BLOCK)
     terms, absorbed = dim * width * heads * item, n_blocks * width * heads * item
-    # four products, their sums, joined, multiplied
-    index = width * group.n_kv_heads * dim * item + 8 * terms + n_blocks * dim * item + absorbed
+    index = width * group.n_kv_heads * dim * item + 2 * terms + n_blocks * dim * item + absorbed
     columns = BAND * layer.key_bits[0] // 8 + 2 * item * len(layer.key_bits)
     scored = 4 * group.n_kv_heads * n_rows
     n_best = n_rebuilt * group.n_kv_heads
-    keys = n_best * (key_row + 2 * dim * item) + basis_k + n_rebuilt * heads * SCORE_BYTES
-    values = n_best * value_row + heads * (n_rebuilt + rank_v) * item + basis_v
-    n_swaps = min(MAX_SWAPS, n_kept // 4, n_rebuilt) * group.n_kv_heads
-    swap = StepWork()
-    if n_swaps:
-        swapped = n_swaps * (value_row + 3 * (dim + value_dim) * item) + basis_v
-        swap = StepWork(swapped, 2 * n_swaps * rank_v * value_dim, LAUNCHES["swap"])
+    keys = n_best * (key_row + dim * item) + basis_k + 4 * n_rebuilt * heads
+    values = n_best * value_row + basis_v + heads * (4 * n_rebuilt + 2 * rank_v * item)
+    dense = _dense(layer, n_tokens - n_rows + n_kept, is_metal, 0)
+    n_swapped = n_swaps(n_kept, n_rebuilt) * group.n_kv_heads
+    # values rebuilt; both written, those and the keys read again
+    swapped = n_swapped * (value_row + (2 * dim + 3 * value_dim) * item) + basis_v
+    swap = StepWork(swapped, 2 * n_swapped * rank_v * value_dim, LAUNCHES["swap"])
+    swap = swap.shared_by(SWAP_STEPS) if n_swapped else StepWork()
     work = {
+        "scaled queries": StepWork(2 * heads * dim * item),
+        "dense rows": dense,
         "absorbed queries": StepWork(index, 2 * n_blocks * dim * width * heads),
         "index scores": StepWork(
             absorbed + n_rows * columns + scored, 2 * n_blocks * BLOCK * width * heads
         ),
-        "top-k": _top(group.n_kv_heads, n_rows, n_rebuilt, sorts),
+        "choice": _choice(group.n_kv_heads, n_rows, n_rebuilt, is_metal),
         "rebuilt keys": StepWork(keys, 2 * n_best * rank_k * dim + 2 * n_rebuilt * heads * dim),
-        "values": StepWork(
-            values,
-            2 * heads * rank_v * (n_rebuilt + value_dim),
-        ),
+        "values": StepWork(values, 2 * heads * rank_v * (n_rebuilt + value_dim)),
+        "swap": swap,
+        "new token": StepWork(2 * group.row_elements * item),
     }
-    counted = {name: each + StepWork(launches=LAUNCHES[name]) for name, each in work.items()}
-    return counted | {"dense rows": _dense(layer, n_tokens - n_rows + n_kept), "swap": swap}
+    launches = LAUNCHES if is_metal else LAUNCHES | PLAIN_LAUNCHES
+    launches = launches | {"swap": 0}
+    return {name: each + StepWork(launches=launches[name]) for name, each in work.items()}
 
 
-def _dense(layer: LayerShape, n_rows: int) -> StepWork:
-    """Dense rows, what they are worth together, and the softmax over all."""
+def _dense(layer: LayerShape, n_rows: int, is_fused: bool, launches: int) -> StepWork:
+    """Dense rows: fused attention over them, or products and a softmax."""
     group = layer.group
     n_bytes = n_rows * group.row_elements * layer.item_bytes
-    n_bytes += n_rows * layer.n_heads * (SCORE_BYTES + SUM_BYTES)
+    if not is_fused:
+        n_bytes += n_rows * layer.n_heads * (SCORE_BYTES + SUM_BYTES)
     flops = 2 * n_rows * layer.n_heads * (group.key_dim + group.value_dim)
-    return StepWork(n_bytes, flops, LAUNCHES["dense rows"])
+    return StepWork(n_bytes, flops, launches)
 
 
-def _top(n_heads: int, n_rows: int, count: int, sorts: bool) -> StepWork:
-    """The best of float32 scores: kept rows taken out, and :func:`xkv.ops.index.top_rows`."""
-    out = StepWork(8 * n_heads * n_rows)
-    if n_rows < 2 * RUN * count:
-        return out + _sorted(n_heads * n_rows, n_rows, sorts)
+def _choice(n_heads: int, n_rows: int, count: int, is_metal: bool) -> StepWork:
+    """:func:`xkv.ops.working_set.choose_rows` of float32 scores."""
+    n_scores = n_heads * n_rows
+    if is_metal:
+        # read once; the runs' maxima, and the scores of the best runs, by each pass
+        n_runs = -(-n_rows // RUN)
+        passes = RADIX_PASSES * n_heads * (n_runs + RUN * min(count, n_runs))
+        return StepWork(4 * (n_scores + passes))
+    is_short = n_rows < 2 * RUN * count
+    out = StepWork(8 * n_scores)
+    if is_short:
+        return out + _top_k(n_scores)
     # filled up to whole runs, whose maxima are taken, then the scores of those that are left
-    runs = StepWork(12 * n_heads * n_rows + 16 * n_heads * RUN * count, 0, 11)
-    best = _sorted(n_heads * n_rows // RUN, n_rows // RUN, sorts)
-    return out + runs + best + _sorted(n_heads * RUN * count, RUN * count, sorts)
+    runs = StepWork(12 * n_scores + 16 * n_heads * RUN * count, 0, RUNS_LAUNCHES)
+    return out + runs + _top_k(n_scores // RUN) + _top_k(n_heads * RUN * count)
 
 
-def _sorted(n_scores: int, n_each: int, sorts: bool) -> StepWork:
-    """The best of some float32 scores, in rows of ``n_each``: negated for Metal, sorted there."""
-    if not sorts:
-        return StepWork(4 * TOPK_READS * n_scores, 0, TOPK_LAUNCHES)
-    n_merges = (-(-n_each // SORT_BLOCK) - 1).bit_length()
-    # scores and numbers, read and written by each merge
-    passes = 2 + (2 if not n_merges else 3 + 4 * n_merges + 2)
-    return StepWork(4 * passes * n_scores, 0, 2 * n_merges + 1 if n_merges else 0)
+def _top_k(n_scores: int) -> StepWork:
+    """The best of some float32 scores, as CUDA finds them."""
+    return StepWork(4 * TOPK_READS * n_scores, 0, TOPK_LAUNCHES)

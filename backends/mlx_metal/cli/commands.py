@@ -19,8 +19,7 @@ from xkv.backends.mlx_metal.model.calibration import calibrate_enabled
 from xkv.backends.mlx_metal.model.enable import disable, enable, identity_of
 from xkv.backends.mlx_metal.model.enabled import enabled_state, lowrank_cache
 from xkv.backends.mlx_metal.model.files import load_prompt_cache, save_prompt_cache
-from xkv.backends.mlx_metal.model.float32 import compute_in_float32
-from xkv.cli import openblas
+from xkv.backends.mlx_metal.model.float32 import speed_up
 from xkv.cli.flags import check_flags, has_compression_flags
 from xkv.cli.mlx_flags import argparse_with, parser_class
 from xkv.config import XKVConfig
@@ -122,20 +121,8 @@ class Command:
 
     def speed_up(self, model: Any) -> None:
         """Let a model that was loaded compute in float32, on a CPU with OpenBLAS."""
-        if not openblas.is_wanted() or mx.default_device() != mx.Device(mx.cpu):
-            return
-        if not openblas.is_loaded():
-            text = openblas.ADVICE
-        else:
-            dtype = compute_in_float32(model)
-            if dtype is None:
-                return
-            name = str(dtype).rpartition(".")[2]
-            text = (
-                f"MLX computes in float32 with OpenBLAS here, and rows are held in {name} "
-                f"({openblas.OPT_OUT}=1 turns this off)"
-            )
-        if not self.models and mx.distributed.init().rank() == 0:
+        text = speed_up(model)
+        if text is not None and not self.models and mx.distributed.init().rank() == 0:
             print(text, file=sys.stderr)
 
     def check_tokenizer(self, path: str, tokenizer: Any) -> None:

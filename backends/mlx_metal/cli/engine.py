@@ -19,6 +19,7 @@ from xkv.backends.mlx_metal.model.dense_prompt import compressed_copy, prefill_d
 from xkv.backends.mlx_metal.model.drafts import N_DRAFTS, DraftCount
 from xkv.backends.mlx_metal.model.enable import disable, enable, identity_of
 from xkv.backends.mlx_metal.model.enabled import enabled_state, lowrank_cache
+from xkv.backends.mlx_metal.model.float32 import speed_up
 from xkv.backends.mlx_metal.model.memory import dense_bytes
 from xkv.backends.mlx_metal.model.prefill import flatten
 from xkv.cache.describe import describe
@@ -54,6 +55,9 @@ class MLXEngine(Engine):
 
     def subject(self, config: XKVConfig) -> MLXSubject:
         return MLXSubject.of(self.model, config, self.backend)
+
+    def speed_up(self) -> str | None:
+        return speed_up(self.model)
 
     def generate(
         self,

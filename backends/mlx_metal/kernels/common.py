@@ -212,15 +212,26 @@ def device_problem() -> str | None:
 
 
 @functools.cache
-def build(name: str, inputs: tuple[str, ...], source: str, header: str) -> Any:
-    """Make a kernel when it is first needed, here only; ``cache_clear`` forgets them all."""
+def build(
+    name: str,
+    inputs: tuple[str, ...],
+    source: str,
+    header: str,
+    outputs: tuple[str, ...] = ("out",),
+    reads_strides: bool = False,
+) -> Any:
+    """Make a kernel when it is first needed, here only; ``cache_clear`` forgets them all.
+
+    Args:
+        reads_strides: Views are read where they are, not copied.
+    """
     return mx.fast.metal_kernel(
         name=name,
         input_names=list(inputs),
-        output_names=["out"],
+        output_names=list(outputs),
         source=source,
         header=header,
-        ensure_row_contiguous=True,
+        ensure_row_contiguous=not reads_strides,
     )
 
 
@@ -234,7 +245,8 @@ def launch(
     n_tiles: tuple[int, int, int],
     shape: tuple[int, ...],
     dtype: Any,
-) -> Array:
+    others: dict[str, tuple[tuple[int, ...], Any]] | None = None,
+) -> Any:
     """Run a kernel on a latent.
 
     Neither the source nor its name says how many bits a band has.
@@ -244,31 +256,36 @@ def launch(
         inputs: What it reads beside the latent, by name.
         sizes: Numbers of the template, ``N`` and ``ROWS`` among them; ``T`` and ``DEPTH`` follow.
         n_tiles: Threadgroups.
-        shape: Of the output.
+        shape: Of the output ``out``, as is the dtype.
+        others: Shape and dtype of each output beside it, by name.
+
+    Returns:
+        The output; with others, a tuple of all of them.
     """
     if latent.is_packed:
         words, scales, biases = latent.arrays
         read = {"words": words, "scales": scales, "biases": biases, "bands": _bands(latent.bits)}
     else:
         read = {"latent": latent.arrays[0]}
-    named = read | inputs
+    named, made = read | inputs, {"out": (shape, dtype)} | (others or {})
     kernel = build(
         f"{name}_packed" if latent.is_packed else name,
         tuple(named),
         (_READ_PACKED if latent.is_packed else _READ_PLAIN) + source,
         LATENT_SOURCE + PRODUCT_SOURCE + header,
+        tuple(made),
     )
     n_threads = sizes["ROWS"] * sizes["N"] // SIMDGROUP
     depth = 64 // latent.dtype.size
-    (out,) = kernel(
+    found = kernel(
         inputs=list(named.values()),
         template=[("T", latent.dtype), *sizes.items(), ("DEPTH", depth)],
         grid=(n_tiles[0] * n_threads, *n_tiles[1:]),
         threadgroup=(n_threads, 1, 1),
-        output_shapes=[shape],
-        output_dtypes=[dtype],
+        output_shapes=[shape for shape, _ in made.values()],
+        output_dtypes=[dtype for _, dtype in made.values()],
     )
-    return out
+    return tuple(found) if others else found[0]
 
 
 @functools.lru_cache(maxsize=64)

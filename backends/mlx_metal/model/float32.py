@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from xkv.backends.mlx_metal.model import borrowed
 from xkv.backends.mlx_metal.model.cache import XKVCache
 from xkv.backends.mlx_metal.model.seam import Patch
+from xkv.cli import openblas
 
 mlx_cache = borrowed.module("mlx_lm.models.cache")
 
@@ -45,6 +46,26 @@ def compute_in_float32(model: nn.Module) -> mx.Dtype | None:
     _row_dtypes.append(dtype)
     weakref.finalize(model, _forget).atexit = False
     return dtype
+
+
+def speed_up(model: nn.Module) -> str | None:
+    """Let a model compute in float32, on a CPU with OpenBLAS.
+
+    Returns:
+        A sentence that says so, or what would speed it up; None where there is nothing to say.
+    """
+    if not openblas.is_wanted() or mx.default_device() != mx.Device(mx.cpu):
+        return None
+    if not openblas.is_loaded():
+        return openblas.ADVICE
+    dtype = compute_in_float32(model)
+    if dtype is None:
+        return None
+    name = str(dtype).rpartition(".")[2]
+    return (
+        f"MLX computes in float32 with OpenBLAS here, and rows are held in {name} "
+        f"({openblas.OPT_OUT}=1 turns this off)"
+    )
 
 
 def held_dtype(dtype: mx.Dtype) -> mx.Dtype:

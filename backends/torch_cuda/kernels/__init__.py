@@ -6,14 +6,13 @@ import importlib
 import importlib.util
 import os
 from functools import cache, cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from xkv.ops.backend import Backend
 from xkv.ops.kernels import Kernel
-from xkv.ops.latent import Latent
-from xkv.ops.types import Array, Stored
+from xkv.ops.types import Array
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -39,11 +38,11 @@ def why_no_kernels(device: torch.device) -> str | None:
     return None
 
 
-def _leading(args: tuple[Any, ...]) -> Array:
-    """The argument in whose dtype a kernel multiplies."""
-    if isinstance(args[0], Stored):
-        return args[0].basis
-    return args[-1] if isinstance(args[0], Latent) else args[0]
+class DeviceKernel(Kernel, Protocol):
+    """What a kernel's module holds."""
+
+    def leading(self, *args: Any) -> Array:
+        """The argument in whose dtype the kernel multiplies, and on whose device."""
 
 
 class TritonKernel:
@@ -53,12 +52,12 @@ class TritonKernel:
         self.name = name
 
     @cached_property
-    def _kernel(self) -> Kernel:
+    def _kernel(self) -> DeviceKernel:
         return importlib.import_module(f"{__name__}.{self.name}").KERNEL
 
     def why_not(self, *args: Any) -> str | None:
         """A sentence that says why the kernel cannot take these arguments here, or None."""
-        leading = _leading(args)
+        leading = self._kernel.leading(*args)
         device = leading.device
         reason = why_no_kernels(device)
         if reason is not None:
@@ -77,7 +76,7 @@ class TritonKernel:
         """What makes a new compilation."""
         return self._kernel.check_key(*args)
 
-    def __call__(self, *args: Any) -> Array:
+    def __call__(self, *args: Any) -> Any:
         """Launch.
 
         Raises:
@@ -92,5 +91,7 @@ class TritonKernel:
 
 
 REBUILD_ROWS = TritonKernel("rebuild_rows")
+REBUILD_KEYS = TritonKernel("rebuild_keys")
+QUERY_TERMS = TritonKernel("query_terms")
 INDEX_SCORES = TritonKernel("index_scores")
 WEIGH_ROWS = TritonKernel("weigh_rows")

@@ -25,6 +25,8 @@ LATENT_ARGUMENTS = (
     *("bands", "rank"),
 )
 """Parameters of a kernel that :func:`latent_arguments` fills; none is specialized."""
+ROWS_ARGUMENTS = "rows", "rows_batch", "rows_head"
+"""Parameters of a kernel that :func:`rows_arguments` fills."""
 
 
 @triton.jit
@@ -81,6 +83,15 @@ def latent_constants(latent: Latent) -> dict[str, bool]:
     x = latent.arrays[0]
     is_aligned = all(n % 16 == 0 for n in (x.storage_offset(), *x.stride()[:2], x.shape[2]))
     return {"IS_PACKED": latent.is_packed, "IS_ALIGNED": is_aligned and not latent.is_packed}
+
+
+def rows_arguments(rows: Array) -> dict[str, Any]:
+    """Row numbers ``[B, n_kv_heads, n]`` as kernels take them, :data:`ROWS_ARGUMENTS`.
+
+    Those that a step rebuilds are the first of a longer array, which is not to be copied.
+    """
+    rows = rows if rows.stride(2) == 1 else rows.contiguous()
+    return dict(zip(ROWS_ARGUMENTS, (rows, *rows.stride()[:2]), strict=True))
 
 
 def latent_problem(latent: Latent) -> str | None:

@@ -135,6 +135,10 @@ class IndexScores:
 
     name = "index_scores"
 
+    def leading(self, absorbed: Array, latent: Latent, offsets: Array, n_kv_heads: int) -> Array:
+        """The queries."""
+        return absorbed
+
     def why_not(
         self, absorbed: Array, latent: Latent, offsets: Array, n_kv_heads: int
     ) -> str | None:

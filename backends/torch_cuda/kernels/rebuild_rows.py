@@ -11,11 +11,13 @@ import triton.language as tl
 
 from xkv.backends.torch_cuda.kernels.common import (
     LATENT_ARGUMENTS,
+    ROWS_ARGUMENTS,
     band_columns,
     latent_arguments,
     latent_constants,
     latent_problem,
     plain_columns,
+    rows_arguments,
     sample_latent,
 )
 from xkv.config import BAND
@@ -25,6 +27,8 @@ from xkv.ops.types import Array, RopeRun, RopeSpec, Stored
 HEAD_DIMS = (32, 64, 128, 256)
 BLOCK_ROWS = 32
 """Rows of a program: a step rebuilds few, which are to fill the device."""
+QUERIES = 16
+"""Queries of a product, the least that ``tl.dot`` takes."""
 PAIR_RUN = 8
 """Rotated pairs come in runs of so many, which is what makes loads of a basis wide."""
 
@@ -70,7 +74,14 @@ def pair_features(n_pairs, HEAD_DIM: tl.constexpr, TRADITIONAL: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=[*LATENT_ARGUMENTS, "n_rows", "position", "n_pairs"],
+    do_not_specialize=[
+        *LATENT_ARGUMENTS,
+        *ROWS_ARGUMENTS,
+        "n_rows",
+        "position",
+        "n_pairs",
+        "n_queries",
+    ]
 )
 def rebuild_rows_kernel(
     numbers,
@@ -83,6 +94,8 @@ def rebuild_rows_kernel(
     bands,
     rank,
     rows,
+    rows_batch,
+    rows_head,
     basis,
     basis_batch,
     basis_row,
@@ -93,6 +106,9 @@ def rebuild_rows_kernel(
     inverse_freqs,
     n_pairs,
     rope_scale,
+    queries,
+    scores,
+    n_queries,
     HEAD_DIM: tl.constexpr,
     TRADITIONAL: tl.constexpr,
     IS_PACKED: tl.constexpr,
@@ -100,12 +116,14 @@ def rebuild_rows_kernel(
     N: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BAND_WIDTH: tl.constexpr,
+    N_QUERIES: tl.constexpr,
 ):
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    at = (batch * tl.num_programs(1) + head) * n_rows
+    head_of_batch = batch * tl.num_programs(1) + head
     wanted = tl.program_id(0) * N + tl.arange(0, N)
     is_inside = wanted < n_rows
-    ids = tl.load(rows + at + wanted, mask=is_inside, other=0)
+    rows += batch * rows_batch + head * rows_head
+    ids = tl.load(rows + wanted, mask=is_inside, other=0)
     row_numbers = numbers + batch * numbers_batch + ids.to(tl.int64) * numbers_row
     at_scales = batch * scales_batch + ids.to(tl.int64) * scales_row
     basis += batch * basis_batch + head * basis_head
@@ -143,9 +161,25 @@ def rebuild_rows_kernel(
         factor = tl.where(is_turned, rope_scale, 1.0)[None, :]
         sine, cosine = sine * factor, cosine * factor
         x, y = x * cosine - y * sine, y * cosine + x * sine
-    pointers = output + (at + wanted)[:, None] * HEAD_DIM
-    tl.store(pointers + first[None, :], x.to(output.dtype.element_ty), mask=is_inside[:, None])
-    tl.store(pointers + second[None, :], y.to(output.dtype.element_ty), mask=is_inside[:, None])
+    keys_x, keys_y = x.to(output.dtype.element_ty), y.to(output.dtype.element_ty)
+    pointers = output + (head_of_batch * n_rows + wanted)[:, None] * HEAD_DIM
+    tl.store(pointers + first[None, :], keys_x, mask=is_inside[:, None])
+    tl.store(pointers + second[None, :], keys_y, mask=is_inside[:, None])
+    if queries is not None:
+        dtype: tl.constexpr = queries.dtype.element_ty
+        queries += head_of_batch * n_queries * HEAD_DIM
+        scores += head_of_batch * n_queries * n_rows
+        # the keys on the left: there a product takes them as they lie in registers
+        for start in range(0, n_queries, N_QUERIES):
+            query = start + tl.arange(0, N_QUERIES)
+            is_query = (query < n_queries)[None, :]
+            q = queries + query[None, :] * HEAD_DIM
+            q_x = tl.load(q + first[:, None], mask=is_query, other=0.0)
+            q_y = tl.load(q + second[:, None], mask=is_query, other=0.0)
+            found = tl.dot(keys_x.to(dtype), q_x, input_precision="ieee")
+            found = tl.dot(keys_y.to(dtype), q_y, found, input_precision="ieee")
+            at = query[None, :] * n_rows + wanted[:, None]
+            tl.store(scores + at, found, mask=is_inside[:, None] & is_query)
 
 
 @lru_cache(maxsize=256)
@@ -166,6 +200,44 @@ def _block_rank(stored: Stored) -> int:
     return min(128 // stored.basis.itemsize, BAND)
 
 
+def launch(stored: Stored, rows: Array, queries: Array | None) -> tuple[Array, Array | None]:
+    """Rebuilt rows, and with queries ``[B, n_heads, Lq, dim]`` their scores."""
+    basis, spec = stored.basis, _spec(stored)
+    batch, n_kv_heads, n_rows = rows.shape
+    head_dim, n_queries, scores = basis.shape[-1], 0, None
+    if queries is not None:
+        queries, n_queries = queries.contiguous(), queries.shape[1] // n_kv_heads * queries.shape[2]
+        shape = batch, n_kv_heads, n_queries, n_rows
+        scores = torch.empty(shape, dtype=torch.float32, device=rows.device)
+    output = torch.empty((*rows.shape, head_dim), dtype=basis.dtype, device=rows.device)
+    rebuild_rows_kernel[(triton.cdiv(n_rows, BLOCK_ROWS), n_kv_heads, batch)](
+        **latent_arguments(stored.latent),
+        **rows_arguments(rows),
+        basis=basis,
+        basis_batch=basis.stride(0) if basis.shape[0] > 1 else 0,
+        basis_row=basis.stride(1),
+        basis_head=basis.stride(2),
+        output=output,
+        n_rows=n_rows,
+        position=stored.start,
+        inverse_freqs=inverse_freqs(spec.freqs, rows.device),
+        n_pairs=len(spec.freqs),
+        rope_scale=float(spec.scale),
+        queries=queries,
+        scores=scores,
+        n_queries=n_queries,
+        HEAD_DIM=head_dim,
+        TRADITIONAL=spec.traditional,
+        N=BLOCK_ROWS,
+        BLOCK_RANK=_block_rank(stored),
+        BAND_WIDTH=BAND,
+        N_QUERIES=QUERIES,
+        num_warps=8 if head_dim > 128 else 4,
+        num_stages=2,
+    )
+    return output, scores
+
+
 class RebuildRows:
     """:func:`xkv.ops.attention.rebuild_rows`
 
@@ -176,6 +248,10 @@ class RebuildRows:
     """
 
     name = "rebuild_rows"
+
+    def leading(self, stored: Stored, rows: Array) -> Array:
+        """The basis."""
+        return stored.basis
 
     def why_not(self, stored: Stored, rows: Array) -> str | None:
         """Any rank and bits; one rotary embedding or none; dim a power of two from 32 to 256."""
@@ -210,32 +286,7 @@ class RebuildRows:
 
     def __call__(self, stored: Stored, rows: Array) -> Array:
         """``[B, n_kv_heads, n, dim]`` in the basis' dtype."""
-        basis, spec = stored.basis, _spec(stored)
-        head_dim = basis.shape[-1]
-        output = torch.empty((*rows.shape, head_dim), dtype=basis.dtype, device=rows.device)
-        batch, n_kv_heads, n_rows = rows.shape
-        rebuild_rows_kernel[(triton.cdiv(n_rows, BLOCK_ROWS), n_kv_heads, batch)](
-            **latent_arguments(stored.latent),
-            rows=rows.contiguous(),
-            basis=basis,
-            basis_batch=basis.stride(0) if basis.shape[0] > 1 else 0,
-            basis_row=basis.stride(1),
-            basis_head=basis.stride(2),
-            output=output,
-            n_rows=n_rows,
-            position=stored.start,
-            inverse_freqs=inverse_freqs(spec.freqs, rows.device),
-            n_pairs=len(spec.freqs),
-            rope_scale=float(spec.scale),
-            HEAD_DIM=head_dim,
-            TRADITIONAL=spec.traditional,
-            N=BLOCK_ROWS,
-            BLOCK_RANK=_block_rank(stored),
-            BAND_WIDTH=BAND,
-            num_warps=8 if head_dim > 128 else 4,
-            num_stages=2,
-        )
-        return output
+        return launch(stored, rows, None)[0]
 
 
 KERNEL = RebuildRows()

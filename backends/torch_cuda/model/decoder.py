@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -15,8 +15,17 @@ from xkv.backends.torch_cuda.model.probe import cache_argument
 from xkv.backends.torch_cuda.model.xkv_cache import XKVCache
 from xkv.cache.lowrank_cache import LayerCache
 from xkv.errors import InputError
+from xkv.ops.working_set import SWAP_STEPS
 
 Run = Callable[[], torch.Tensor]
+
+
+class Replay(NamedTuple):
+    """A step that was recorded."""
+
+    run: Run
+    n_seen: int
+    """Tokens before it."""
 
 
 class Decoder:
@@ -24,7 +33,8 @@ class Decoder:
 
     Between two folds of the tail nothing of a compressed cache changes but the rows behind it. They
     are written into buffers with room for all of them, at a position that the device counts, so
-    that a step can be recorded once and replayed. The step in which the tail may be folded runs
+    that a step can be recorded and replayed: one for each of the few among which working sets'
+    swaps are divided. The step in which the tail may be folded runs
     as it would without a decoder; so does every step while the prompt is not compressed. A graph
     keeps the memory of its step: where plain operations run, a layer's rebuilt keys too.
 
@@ -49,12 +59,12 @@ class Decoder:
         self._record = record or (_record_graph if model.device.type == "cuda" else None)
         self._argument = cache_argument(model)
         self._n_new = torch.zeros(1, dtype=torch.int64, device=model.device)
-        """Rows that the device has written behind those that the recorded step counts on."""
+        """Rows that are in use behind those that the recorded step counts on."""
         self._steps_left = 0
         self._n_seen = 0
         self._buffer: torch.Tensor | None = None
         self._is_warm = False
-        self._replay: Run | None = None
+        self._replays: dict[int, Replay] = {}
 
     @torch.inference_mode()
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -77,16 +87,19 @@ class Decoder:
         """One of the steps between two folds."""
         self._tokens.copy_(tokens)
         self._positions += 1
-        self._n_new += 1
+        # a step that is run and not replayed counts all rows but its own by itself
+        self._n_new.fill_(1)
         if self._is_warm and self._record is not None:
-            self._replay = self._replay or self._record(self._step)
-            logits = self._replay()
+            phase = self._n_seen % SWAP_STEPS
+            if phase not in self._replays:
+                self._replays[phase] = Replay(self._record(self._step), self._n_seen)
+            replay = self._replays[phase]
+            self._n_new.fill_(1 + self._n_seen - replay.n_seen)
+            logits = replay.run()
         else:
-            # kernels are compiled, and checked, before anything is recorded; a step that is run
-            # and not replayed counts all rows but its own by itself
+            # kernels are compiled, and checked, before anything is recorded
             logits = self._step()
             self._is_warm = True
-            self._n_new.zero_()
         for layer, part in zip(self.cache.layers, self._parts, strict=True):
             layer.n_rows += 1
             part.count_step(None if layer.rope is None else layer.rope.at(part.offset + 1))
@@ -105,7 +118,7 @@ class Decoder:
     @storing()
     def _begin(self, tokens: torch.Tensor) -> None:
         """Make room for the steps up to the next fold."""
-        self._replay, self._is_warm = None, False
+        self._replays, self._is_warm = {}, False
         parts = self._parts
         if not all(part.is_compressed for part in parts):
             return
@@ -116,7 +129,6 @@ class Decoder:
         self._view = Cache(layers=[_StaticLayer(part, self._n_new) for part in parts])
         self._tokens = torch.empty_like(tokens)
         self._positions = torch.full_like(tokens, first.offset - 1)
-        self._n_new.zero_()
         self._n_seen, self._buffer = first.offset, first.rows.keys.allocated
         self._steps_left = max(n_steps, 0)
 

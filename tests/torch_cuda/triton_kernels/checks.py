@@ -19,12 +19,18 @@ from xkv.checks.decode_cases import DecodeCase, DecodeInputs, hide_rows, make_in
 from xkv.checks.operations import absorbed_of, offsets_of
 from xkv.checks.tolerances import TOLERANCE, relative_error
 from xkv.ops.backend import Backend
+from xkv.ops.index import index_basis
 from xkv.ops.latent import Latent
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: pip install triton (Linux)")
-OPERATIONS = ["rebuild_rows keys", "rebuild_rows values", "weigh_rows", "index_scores"]
+OPERATIONS = [
+    *("rebuild_rows keys", "rebuild_rows values", "rebuild_keys", "weigh_rows", "index_scores"),
+    "query_terms",
+]
 """A kernel's name, and of which rows."""
+LARGE = 100.0
+"""Its exponential is no float32."""
 
 
 def arguments(backend: Backend, operation: str, x: DecodeInputs) -> tuple[Any, ...]:
@@ -33,15 +39,25 @@ def arguments(backend: Backend, operation: str, x: DecodeInputs) -> tuple[Any, .
         absorbed, latent = absorbed_of(backend, x), x.segment.keys.latent
         return absorbed, latent, offsets_of(backend, x), x.case.n_kv_heads
     if operation == "weigh_rows":
-        return x.segment.values.latent, x.rows, weights_of(backend, x)
+        return x.segment.values.latent, x.rows, *scored(backend, x)
+    if operation == "rebuild_keys":
+        return x.segment.keys, x.rows, x.queries * x.scale
+    if operation == "query_terms":
+        return x.queries * x.scale, index_basis(backend, x.segment.keys), x.case.spec
     return getattr(x.segment, operation.split()[1]), x.rows
 
 
-def weights_of(backend: Backend, x: DecodeInputs) -> torch.Tensor:
-    """A peaked softmax over a case's rows, for each query of a KV head."""
+def scored(backend: Backend, x: DecodeInputs) -> tuple[torch.Tensor, ...]:
+    """Scores of a case's rows that make a peaked softmax, and others that take as much.
+
+    They are far above zero for one query, far below for the next.
+    """
     n_sums = x.case.n_heads // x.case.n_kv_heads * x.case.n_queries
-    scores = 3 * backend.normal((*x.rows.shape[:2], n_sums, x.rows.shape[2]), 5)
-    return scores.softmax(-1).to(x.queries.dtype)
+    sides = LARGE * (-1) ** torch.arange(n_sums, device=x.rows.device)[:, None]
+    scores = sides + 3 * backend.normal((*x.rows.shape[:2], n_sums, x.rows.shape[2]), 5)
+    totals = scores.logsumexp(-1) + backend.normal(scores.shape[:3], 6)
+    beside = backend.normal(x.queries.shape, 7).to(x.queries.dtype)
+    return scores, totals.reshape(x.queries.shape[:3]), beside
 
 
 def mapped(args: Any, change: Callable[[Any], Any], kind: type = torch.Tensor) -> Any:
@@ -58,14 +74,15 @@ def mapped(args: Any, change: Callable[[Any], Any], kind: type = torch.Tensor) -
 
 def trapped(backend: Backend, operation: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same arguments, NaN in the rows that nobody asks for and in those past the end."""
-    if operation == "weigh_rows":
-        # like those of a softmax that goes on over other rows
-        wide = torch.nn.functional.pad(args[2], (0, 3, 0, 1), value=torch.nan)
-        args = *args[:2], wide[:, :, :-1, :-3]
+    has_rows = operation not in ("index_scores", "query_terms")
+    if has_rows:
+        # the first of an array's rows, as a step's are
+        wide = torch.nn.functional.pad(args[1], (0, 3), value=0)
+        args = args[0], wide[..., :-3], *args[2:]
 
     def hide(latent: Latent) -> Latent:
-        is_used = np.full(latent.shape[:2], operation == "index_scores")
-        if operation != "index_scores":
+        is_used = np.full(latent.shape[:2], not has_rows)
+        if has_rows:
             rows = backend.to_numpy(args[1]).reshape(len(is_used), -1)
             np.put_along_axis(is_used, rows.astype(np.int64), True, axis=1)
         return hide_rows(backend, latent, is_used)
@@ -73,26 +90,44 @@ def trapped(backend: Backend, operation: str, args: tuple[Any, ...]) -> tuple[An
     return mapped(args, hide, Latent)
 
 
+def results(found: Any) -> tuple[torch.Tensor, ...]:
+    """Those of an operation, of which some give one."""
+    return found if isinstance(found, tuple) else (found,)
+
+
+def dtypes_of(operation: str, args: Any) -> list[torch.dtype]:
+    """What an operation's results are in."""
+    if operation == "index_scores":
+        return [torch.float32]
+    if operation == "weigh_rows":
+        return [args[-1].dtype] * 2
+    if operation == "query_terms":
+        return [torch.promote_types(args[0].dtype, args[1].dtype)]
+    return [args[0].basis.dtype, torch.float32][: 2 if operation == "rebuild_keys" else 1]
+
+
 def kernel_error(
-    run: Callable[..., torch.Tensor],
+    run: Callable[..., Any],
     backend: Backend,
     reference: Backend,
     operation: str,
     args: Any,
 ) -> float:
-    """Relative error on trapped arguments; infinite where something is not finite."""
-    got = run(*trapped(backend, operation, args))
-    dtypes = {"index_scores": torch.float32, "weigh_rows": getattr(args[-1], "dtype", None)}
-    assert got.dtype == (dtypes[operation] if operation in dtypes else args[0].basis.dtype)
+    """Relative error on trapped arguments, the largest of the results'; infinite if not finite."""
+    got = results(run(*trapped(backend, operation, args)))
+    assert [x.dtype for x in got] == dtypes_of(operation, args)
 
     def exact(x: torch.Tensor) -> torch.Tensor:
         x = x.to(reference.device)
         return x.double() if x.is_floating_point() else x
 
-    want = getattr(reference, operation.split()[0])(*mapped(args, exact))
-    if not got.isfinite().all():
+    want = results(getattr(reference, operation.split()[0])(*mapped(args, exact)))
+    if not all(x.isfinite().all() for x in got):
         return np.inf
-    return relative_error(backend.to_numpy(got), reference.to_numpy(want))
+    return max(
+        relative_error(backend.to_numpy(x), reference.to_numpy(y))
+        for x, y in zip(got, want, strict=True)
+    )
 
 
 def check(

@@ -32,9 +32,11 @@ def latents(dtype: torch.dtype) -> list[Latent]:
 
 
 def launches(dtype: torch.dtype, head_dim: int) -> list[tuple[triton_kernels.TritonKernel, Any]]:
-    """Kernels and arguments: keys, values, sums of these, and the keys' index."""
-    runs = RopeRun(4096, RopeSpec.standard(head_dim, 10_000.0)), RopeRun(4096, None)
+    """Kernels and arguments: keys, values, scores and sums of these, and the keys' index."""
+    spec = RopeSpec.standard(head_dim, 10_000.0)
+    runs = RopeRun(4096, spec), RopeRun(4096, None)
     offsets = array(1, 32, dtype=torch.float32)
+    queries = array(1, 32, 1, head_dim, dtype=dtype)
     found: list[tuple[triton_kernels.TritonKernel, Any]] = []
     for latent in latents(dtype):
         basis = array(1, latent.rank, 8, head_dim, dtype=dtype)
@@ -42,11 +44,15 @@ def launches(dtype: torch.dtype, head_dim: int) -> list[tuple[triton_kernels.Tri
             stored = Stored(latent, basis, 4, (run,))
             rows = array(1, 8, 384, dtype=torch.int64)
             found.append((triton_kernels.REBUILD_ROWS, (stored, rows)))
-        weights = array(1, 8, 4, 384, dtype=dtype)
-        found.append((triton_kernels.WEIGH_ROWS, (latent, rows, weights)))
+        stored = Stored(latent, basis, 4, runs[:1])
+        found.append((triton_kernels.REBUILD_KEYS, (stored, rows, queries)))
+        scores = array(1, 8, 4, 384, dtype=torch.float32)
+        found.append((triton_kernels.WEIGH_ROWS, (latent, rows, scores, offsets, queries)))
         n_index = BAND + len(latent.bits) - 1 if latent.bits else min(BAND, latent.rank)
         absorbed = array(1, 16, n_index, 32, dtype=dtype)
         found.append((triton_kernels.INDEX_SCORES, (absorbed, latent, offsets, 8)))
+        index = array(1, n_index, 8, head_dim, dtype=dtype)
+        found.append((triton_kernels.QUERY_TERMS, (queries, index, spec)))
     return found
 
 
@@ -71,7 +77,7 @@ def main() -> None:
         signature, constants, hints = {}, {}, {}
         for parameter in self.params:
             value, name = values[parameter.name], parameter.name
-            if parameter.is_constexpr:
+            if parameter.is_constexpr or value is None:
                 constants[(parameter.num,)], signature[name] = value, "constexpr"
                 continue
             is_array = isinstance(value, torch.Tensor)
@@ -92,7 +98,7 @@ def main() -> None:
         for dtype in DTYPES:
             for kernel, args in launches(dtype, 128):
                 kernel(*args)
-        for kernel, args in launches(torch.float32, 256)[:1]:
+        for kernel, args in launches(torch.float32, 256)[:3]:
             kernel(*args)
     for count in counts.values():
         print(*count)

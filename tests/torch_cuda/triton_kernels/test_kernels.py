@@ -14,6 +14,7 @@ from tests.torch_cuda.triton_kernels.checks import (
     kernel_error,
     mapped,
     needs_triton,
+    results,
 )
 from xkv.checks.decode_cases import CASES, DTYPES, DecodeCase, make_inputs
 from xkv.checks.tolerances import TOLERANCE, relative_error
@@ -44,8 +45,15 @@ EDGES = [
     *(DecodeCase(70, 1, 1, 64, 16, 16, n_queries=n, n_kept=0) for n in (15, 16, 33)),
     DecodeCase(70, 4, 2, 32, 16, 16, rope_dims=16),
 ]
-"""Around a kernel's tiles of rows, of columns, of blocks, of queries and of bands."""
-EDGE_OPERATIONS = ["rebuild_rows keys", "weigh_rows", "index_scores"]
+"""Around a kernel's tiles of rows, of columns, of blocks, of queries, of bands and of pairs."""
+ODD_SIZES = [
+    ("query_terms", DecodeCase(70, 4, 2, 64, 16, 16, rope_dims=2, n_kept=0)),
+    ("query_terms", DecodeCase(70, 4, 2, 64, 32, 16, rope_dims=34, n_kept=0, traditional=True)),
+    ("query_terms", DecodeCase(70, 2, 1, 80, 1, 16, n_kept=0, n_queries=3, rope_scale=1.2)),
+    *(("weigh_rows", DecodeCase(70, 4, 2, n, 16, 16, n_kept=0)) for n in (1, 63, 65, 80, 256)),
+]
+"""Of features that other kernels do not take."""
+EDGE_OPERATIONS = ["rebuild_keys", "weigh_rows", "index_scores", "query_terms"]
 
 
 @pytest.mark.parametrize("case", EDGES, ids=str)
@@ -56,12 +64,58 @@ def test_kernel_at_tile_edges(
     check(backend, reference, operation, case, "float32")
 
 
-@pytest.mark.parametrize("operation", ["rebuild_rows keys", "index_scores"])
+@pytest.mark.parametrize(("operation", "case"), ODD_SIZES, ids=str)
+def test_kernel_takes_any_features(
+    backend: Backend, reference: Backend, operation: str, case: DecodeCase
+) -> None:
+    check(backend, reference, operation, case, "float32")
+
+
+@pytest.mark.parametrize("operation", ["rebuild_rows keys", "rebuild_keys", "index_scores"])
 def test_kernel_without_rope(backend: Backend, reference: Backend, operation: str) -> None:
     inputs = make_inputs(backend, CASES[6], "float32")
     keys = inputs.segment.keys._replace(rope_runs=(RopeRun(CASES[6].n_rows, None),))
     segment = inputs.segment._replace(keys=keys)
     check(backend, reference, operation, CASES[6], "float32", segment=segment)
+
+
+def test_query_terms_take_a_basis_of_each_sequence(backend: Backend, reference: Backend) -> None:
+    args = arguments(backend, "query_terms", make_inputs(backend, CASES[4], "float32"))
+    queries, basis, spec = args
+    wide = torch.cat([basis, torch.full_like(basis, torch.nan)], dim=1)[:, : basis.shape[1]]
+    assert not wide.is_contiguous() and len(basis) == len(queries) == 2
+    for changed in ((queries, wide), (queries, basis[:1]), (queries[:1], basis)):
+        error = kernel_error(
+            *(backend.query_terms, backend, reference, "query_terms"), (*changed, spec)
+        )
+        assert error <= TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("float16", "float32")], ids="-".join)
+def test_queries_need_no_dtype_of_the_basis(
+    backend: Backend, reference: Backend, dtypes: tuple[str, str]
+) -> None:
+    of_queries, of_basis = (getattr(torch, dtype) for dtype in dtypes)
+    inputs = make_inputs(backend, CASES[2], "float32")
+    stored, rows, queries = arguments(backend, "rebuild_keys", inputs)
+    stored = stored._replace(basis=stored.basis.to(of_basis))
+    args = stored, rows, queries.to(of_queries)
+    error = kernel_error(backend.rebuild_keys, backend, reference, "rebuild_keys", args)
+    assert error <= max(TOLERANCE[dtype] for dtype in dtypes)
+    queries, basis, spec = arguments(backend, "query_terms", inputs)
+    args = queries.to(of_queries), basis.to(of_basis), spec
+    error = kernel_error(backend.query_terms, backend, reference, "query_terms", args)
+    assert error <= TOLERANCE["float32"]
+
+
+def test_keys_are_the_same_with_scores(backend: Backend) -> None:
+    args = arguments(backend, "rebuild_keys", make_inputs(backend, CASES[6], "bfloat16"))
+    keys, scores = backend.rebuild_keys(*args)
+    assert torch.equal(keys, backend.rebuild_rows(*args[:2]))
+    grouped = args[2].reshape(*keys.shape[:2], -1, keys.shape[-1]).double()
+    # no wider keys than those that a working set holds
+    want = grouped @ keys.double().transpose(-1, -2)
+    assert relative_error(backend.to_numpy(scores), backend.to_numpy(want)) <= 1e-6
 
 
 def test_kernel_takes_a_basis_of_each_sequence(backend: Backend, reference: Backend) -> None:
@@ -84,20 +138,40 @@ def test_weigh_rows_takes_wide_row_numbers_and_any_strides(
     backend: Backend, reference: Backend
 ) -> None:
     args = arguments(backend, "weigh_rows", make_inputs(backend, CASES[4], "float32"))
-    latent, rows, weights = args
-    turned = weights.transpose(0, 2).contiguous().transpose(0, 2)
-    assert rows.dtype == torch.int32 and not turned.is_contiguous()
-    args = latent, rows.long(), turned
-    got = backend.weigh_rows(*args)
-    assert torch.equal(got, backend.weigh_rows(latent, rows, weights))
+    assert args[1].dtype == torch.int32
+    turned = [x.transpose(0, 2).contiguous().transpose(0, 2) for x in (args[1].long(), *args[2:])]
+    assert not any(x.is_contiguous() for x in turned)
+    args = args[0], *turned
     error = kernel_error(backend.weigh_rows, backend, reference, "weigh_rows", args)
     assert error <= TOLERANCE["float32"]
 
 
-def test_weigh_rows_of_no_rows_is_zero(backend: Backend) -> None:
+def test_weigh_rows_of_no_rows_leaves_the_others(backend: Backend) -> None:
     args = arguments(backend, "weigh_rows", make_inputs(backend, CASES[0], "float32"))
-    got = backend.weigh_rows(args[0], args[1][..., :0], args[2][..., :0])
-    assert got.shape[-1] == CASES[0].rank_v and not got.any()
+    latent, rows, scores, totals, beside = args
+    sums, rest = backend.weigh_rows(latent, rows[..., :0], scores[..., :0], totals, beside)
+    assert sums.shape[-1] == CASES[0].rank_v and not sums.any()
+    assert torch.equal(rest, beside.reshape(rest.shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shift", [-1000.0, -12.0, 12.0, 1000.0])
+def test_weigh_rows_of_rows_or_others_alone(
+    backend: Backend, reference: Backend, shift: float, dtype: str
+) -> None:
+    """A flat softmax, whose weights or what is left are far below one."""
+    latent, rows, *others = arguments(backend, "weigh_rows", make_inputs(backend, CASES[6], dtype))
+    scores, totals, beside = others[0] / 50, others[1] / 50 + shift, others[2]
+    # large enough to be normal numbers of any dtype in what is asked for
+    latent = latent.map(lambda x: x * 100 if x.is_floating_point() else x)
+    args = latent, rows, scores, totals, beside * 100
+    got = backend.weigh_rows(*args)
+    assert all(x.isfinite().all() for x in got)
+    exact = mapped(args, lambda x: x.cpu().double() if x.is_floating_point() else x.cpu())
+    for x, y in zip(got, reference.weigh_rows(*exact), strict=True):
+        difference = backend.to_numpy(x) - reference.to_numpy(y)
+        largest = max(float(np.abs(reference.to_numpy(y)).max()), 1.0)
+        assert np.abs(difference).max() <= TOLERANCE[dtype] * largest
 
 
 @pytest.mark.parametrize("start", [100_000, 1_000_000])
@@ -118,7 +192,7 @@ def test_rebuild_rows_far_positions(backend: Backend, start: int) -> None:
     assert relative_error(got[0], np.concatenate(turned, axis=-1)) <= 1e-6
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("operation", [x for x in OPERATIONS if x != "query_terms"])
 def test_index_reads_no_words_but_the_first_bands(
     backend: Backend, reference: Backend, operation: str
 ) -> None:
@@ -133,7 +207,8 @@ def test_index_reads_no_words_but_the_first_bands(
 
     changed = mapped(args, flip, Latent)
     run = getattr(backend, operation.split()[0])
-    assert torch.equal(run(*args), run(*changed)) == (operation == "index_scores")
+    first, second = (results(run(*x))[0] for x in (args, changed))
+    assert torch.equal(first, second) == (operation == "index_scores")
 
 
 @pytest.mark.parametrize("case", [CASES[3], CASES[6]], ids=str)

@@ -24,13 +24,22 @@ from xkv.ops.types import RopeRun
 pytestmark = needs_triton
 
 
-@pytest.mark.parametrize("size", [{"rank_k": 40, "rank_v": 56}, {"compression": 2}], ids=str)
-def test_cache_decodes_on_kernels(backend: Backend, size: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("size", "has_kept_rows"),
+    [({"rank_k": 40, "rank_v": 56}, False), ({"compression": 2}, True)],
+    ids=str,
+)
+def test_cache_decodes_on_kernels(
+    backend: Backend, size: dict[str, Any], has_kept_rows: bool
+) -> None:
     config = xkv.XKVConfig(**size, sinks=2, window=20, budget=64)
     plain = xkv.load_backend("torch", device=str(backend.device), kernels="off")
     backend.kernels.last_path.clear()
     got = decode_with_cache(backend, config)
     names = {operation.split()[0] for operation in OPERATIONS}
+    if not has_kept_rows:
+        # whose values are all that is rebuilt but for keys with scores
+        names.remove("rebuild_rows")
     assert backend.kernels.last_path == {name: name for name in names}
     assert relative_error(got, decode_with_cache(plain, config)) <= TOLERANCE["float32"]
 
@@ -51,7 +60,8 @@ def refusals(backend: Backend) -> dict[str, tuple[str, tuple[Any, ...]]]:
     spec = stored.rope_runs[0].spec
     two_runs = stored._replace(rope_runs=(RopeRun(10, spec), RopeRun(54, None)))
     absorbed, latent, offsets, n_kv_heads = args_of("index_scores")
-    values, _, weights = args_of("weigh_rows")
+    values, _, scores, totals, beside = args_of("weigh_rows")
+    queries, index, terms_spec = args_of("query_terms")
     off = backend.xp.concat([stored.basis] * 2, axis=-1)[..., 8:72]
     return {
         "2 rotary embeddings": ("rebuild_rows", (two_runs, rows)),
@@ -69,14 +79,35 @@ def refusals(backend: Backend) -> dict[str, tuple[str, tuple[Any, ...]]]:
             (stored._replace(latent=stored.latent.map(strided)), rows),
         ),
         "not torch.float64": ("rebuild_rows", mapped((stored, rows), doubled)),
-        "weights are strided": ("weigh_rows", (values, rows, strided(weights))),
+        "rebuild_keys cannot run: the rows have 2": ("rebuild_keys", (two_runs, rows, queries)),
+        "queries are torch.float64": ("rebuild_keys", (stored, rows, queries.double())),
         "weigh_rows cannot run: Triton kernels take .* not torch.float64": (
             "weigh_rows",
-            (values, rows, weights.double()),
+            (values, rows, scores, totals, beside.double()),
         ),
         "weigh_rows cannot run: the latent is torch.float64": (
             "weigh_rows",
-            (values.map(doubled), rows, weights),
+            (values.map(doubled), rows, scores, totals, beside),
+        ),
+        "scores are torch.float16": (
+            "weigh_rows",
+            (values, rows, scores.half(), totals, beside),
+        ),
+        "totals are torch.float64": (
+            "weigh_rows",
+            (values, rows, scores, totals.double(), beside),
+        ),
+        "query_terms cannot run: Triton kernels take .* not torch.float64": (
+            "query_terms",
+            (queries.double(), index, terms_spec),
+        ),
+        "query_terms cannot run: the basis is torch.float64": (
+            "query_terms",
+            (queries, index.double(), terms_spec),
+        ),
+        "query_terms cannot run: the basis is strided": (
+            "query_terms",
+            (queries, strided(index), terms_spec),
         ),
         "the latent is torch.float64": (
             "index_scores",
@@ -105,7 +136,9 @@ def test_other_bits_are_the_same_compilation(backend: Backend) -> None:
             args = arguments(backend, operation, make_inputs(backend, case, "float16"))
             keys.add(kernel.check_key(*args))
         plain = arguments(backend, operation, make_inputs(backend, CASES[0], "float16"))
-        assert len(keys) == 1 and kernel.check_key(*plain) not in keys
+        assert len(keys) == 1
+        # the terms are of no latent
+        assert (kernel.check_key(*plain) in keys) == (operation == "query_terms")
 
 
 def test_cpu_tells_once_and_stays_plain(
@@ -142,7 +175,9 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     names, sizes, shared_by = zip(*map(str.split, compiled.stdout.splitlines()), strict=True)
     # one for packed latents, whatever their bits, and two for others; rotated or not
     of_dtype = dict.fromkeys(("index_scores_kernel", "weigh_rows_kernel"), (2, 1, 1))
-    of_dtype["rebuild_rows_kernel"] = 4, 2, 2
+    # with scores and without
+    of_dtype["rebuild_rows_kernel"] = 4, 2, 2, 2, 1, 1
+    of_dtype["query_terms_kernel"] = (4,)
     for name, counts in of_dtype.items():
         found = [int(n) for x, n in zip(names, shared_by, strict=True) if x == name]
         assert sorted(found[: 2 * len(counts)]) == sorted(2 * counts), compiled.stdout

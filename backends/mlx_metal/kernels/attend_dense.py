@@ -1,0 +1,197 @@
+"""Attention over dense rows and the logarithm of what they are given, in one kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+
+from xkv.backends.mlx_metal.kernels import common
+from xkv.ops.backend import Backend
+from xkv.ops.scores import Dense
+from xkv.ops.types import Array
+
+HEAD_DIMS = (64, 128, 256)
+MOST_SIMDGROUPS = 32
+MOST_PARTS = 4096
+"""Sums of all simdgroups together, 16 KiB of threadgroup memory: half of the simdgroups at 256."""
+
+HEADER = """
+// Lower than any score, and finite: fast::exp need not know infinities.
+constant constexpr float no_score = -1e38f;
+
+// Neighbouring features of a row, which a compiler can load at once if they are so in memory.
+template <typename T, int N>
+METAL_FUNC void load_features(thread float (&x)[N], const device T* from, int64_t stride) {
+  if (stride == 1) {
+#pragma clang loop unroll(full)
+    for (int i = 0; i < N; i++) x[i] = float(from[i]);
+  } else {
+#pragma clang loop unroll(full)
+    for (int i = 0; i < N; i++) x[i] = float(from[i * stride]);
+  }
+}
+"""
+
+# What a simdgroup begins with: the first has the sink, a score whose row is nothing.
+_WITHOUT_SINKS = """
+  float largest = no_score, total = 0.0f;
+"""
+_WITH_SINKS = """
+  float largest = no_score, total = 0.0f;
+  if (simdgroup_index_in_threadgroup == 0) {
+    largest = float(sinks[threadgroup_position_in_grid.x * sinks_strides[0]]);
+    total = 1.0f;
+  }
+"""
+
+# A threadgroup attends for one query of one head. Each simdgroup takes every SIMDGROUPS-th row, a
+# thread N / 32 features of it; sums are relative to the largest score that it has met.
+SOURCE = """
+  constexpr int EACH = N / 32;
+  threadgroup float all_largest[SIMDGROUPS];
+  threadgroup float all_totals[SIMDGROUPS];
+  threadgroup float parts[SIMDGROUPS][N];
+  const int head = threadgroup_position_in_grid.x, query = threadgroup_position_in_grid.y;
+  const int64_t batch = threadgroup_position_in_grid.z;
+  const int thread_index = thread_index_in_threadgroup, lane = thread_index_in_simdgroup;
+  const int sg = simdgroup_index_in_threadgroup;
+  const int n_heads = queries_shape[1], n_queries = queries_shape[2], n_rows = keys_shape[2];
+  const int n_seen = n_rows - n_queries + query + 1;
+  const int64_t kv_head = head / (n_heads / keys_shape[1]), feature = lane * EACH;
+  const device T* key = keys + batch * keys_strides[0] + kv_head * keys_strides[1] +
+                        feature * keys_strides[3];
+  const device T* value = values + batch * values_strides[0] + kv_head * values_strides[1] +
+                          feature * values_strides[3];
+
+  float q[EACH], x[EACH], sums[EACH];
+  load_features(
+      q,
+      queries + batch * queries_strides[0] + head * queries_strides[1] +
+          query * queries_strides[2] + feature * queries_strides[3],
+      queries_strides[3]);
+#pragma clang loop unroll(full)
+  for (int i = 0; i < EACH; i++) sums[i] = 0.0f;
+  for (int row = sg; row < n_seen; row += SIMDGROUPS) {
+    load_features(x, key + row * keys_strides[2], keys_strides[3]);
+    float score = 0.0f;
+#pragma clang loop unroll(full)
+    for (int i = 0; i < EACH; i++) score = fma(q[i], x[i], score);
+    score = simd_sum(score);
+    const float before = largest;
+    largest = max(largest, score);
+    const float shrink = fast::exp(before - largest), weight = fast::exp(score - largest);
+    total = fma(total, shrink, weight);
+    load_features(x, value + row * values_strides[2], values_strides[3]);
+#pragma clang loop unroll(full)
+    for (int i = 0; i < EACH; i++) sums[i] = fma(sums[i], shrink, weight * x[i]);
+  }
+  if (lane == 0) {
+    all_largest[sg] = largest;
+    all_totals[sg] = total;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  // a lane looks after the simdgroup of its number
+  const bool is_one = lane < SIMDGROUPS;
+  const float one_largest = is_one ? all_largest[lane] : no_score;
+  const float most = simd_max(one_largest);
+  const float one_total = is_one ? all_totals[lane] * fast::exp(one_largest - most) : 0.0f;
+  const float sum = simd_sum(one_total);
+  const float part = fast::exp(largest - most) / sum;
+#pragma clang loop unroll(full)
+  for (int i = 0; i < EACH; i++) parts[sg][feature + i] = sums[i] * part;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  const int64_t number = (batch * n_heads + head) * n_queries + query;
+  if (thread_index < N) {
+    float output = 0.0f;
+    for (int i = 0; i < SIMDGROUPS; i++) output += parts[i][thread_index];
+    out[number * N + thread_index] = T(output);
+  }
+  if (thread_index == 0) totals[number] = most + log(sum);
+"""
+
+
+class AttendDense:
+    """The kernel of :func:`xkv.ops.working_set.attend_dense`.
+
+    Limits: queries, keys and values of one dtype, float32, float16 or bfloat16; keys and values of
+    one dim, 64, 128 or 256; all rows in use. Any strides: views of larger buffers are read where
+    they are. Any number of rows and queries; sinks of any of the dtypes. Sums are in float32.
+
+    A threadgroup of 32 simdgroups (16 at dim 256) for each query of each head, like the
+    ``sdpa_vector`` of MLX: at 2,300 rows a simdgroup takes 72 of them.
+
+    For each row and query head: ``4 * dim`` floating point operations. From device memory, for each
+    KV head, a row's key and value, ``2 * dim`` elements, which its other query heads and queries
+    read from cache; queries read and outputs written, ``2 * dim`` elements each, are little beside
+    that. At 4 query heads a KV head in 16 bits that is 4 operations a byte: memory bounds it, not
+    arithmetic. With 8 KV heads of dim 128 a thousand rows are 4 MB and 16 million operations. The
+    plain twin also writes and reads back all scores and weights, in six operations or more.
+
+    The sources depend on dtype, dim, and whether there are sinks and of what dtype.
+    """
+
+    name = "attend_dense"
+
+    def why_not(self, queries: Array, dense: Dense, sinks: Array | None) -> str | None:
+        """A sentence that says why the kernel cannot take these arguments here, or None."""
+        if dense.n_used is not None:
+            return "the kernel takes dense rows that are all in use"
+        dim, value_dim = dense.keys.shape[-1], dense.values.shape[-1]
+        if dim not in HEAD_DIMS:
+            return f"the kernel takes head_dim {', '.join(map(str, HEAD_DIMS))}, not {dim}"
+        if value_dim != dim:
+            return f"the kernel takes values as wide as keys, {dim}, not {value_dim}"
+        n_rows, n_queries = dense.keys.shape[2], queries.shape[2]
+        if n_rows < max(n_queries, 1):
+            return f"the kernel takes as many dense rows as queries or more, not {n_rows}"
+        problem = common.dtype_problem(queries=queries, keys=dense.keys, values=dense.values)
+        return problem if sinks is None else problem or common.dtype_problem(sinks=sinks)
+
+    def sample(
+        self, backend: Backend, queries: Array, dense: Dense, sinks: Array | None
+    ) -> tuple[Any, ...]:
+        """Several of everything; views, and more rows than simdgroups."""
+        dim, dtype = dense.keys.shape[-1], queries.dtype
+        few = backend.normal((2, 4, 3, dim), 0) * (3 * dim**-0.5)
+        keys, values = (backend.normal((2, 2, 85, dim), seed).astype(dtype) for seed in (1, 2))
+        rows = Dense(keys[..., :77, :], values[..., :77, :])
+        return (
+            few.astype(dtype),
+            rows,
+            sinks if sinks is None else few[0, :, 0, 0].astype(sinks.dtype),
+        )
+
+    def check_key(self, queries: Array, dense: Dense, sinks: Array | None) -> tuple[Any, ...]:
+        """The dtype's name, and what else the source depends on."""
+        of_sinks = None if sinks is None else common.dtype_name(sinks)
+        return common.dtype_name(queries), queries.shape[-1], of_sinks
+
+    def __call__(self, queries: Array, dense: Dense, sinks: Array | None) -> tuple[Array, Array]:
+        batch, n_heads, n_queries, dim = queries.shape
+        named = {"queries": queries, "keys": dense.keys, "values": dense.values}
+        if sinks is not None:
+            named["sinks"] = sinks
+        kernel = common.build(
+            self.name if sinks is None else f"{self.name}_sinks",
+            tuple(named),
+            (_WITHOUT_SINKS if sinks is None else _WITH_SINKS) + SOURCE,
+            HEADER,
+            outputs=("out", "totals"),
+            reads_strides=True,
+        )
+        n_simdgroups = min(MOST_SIMDGROUPS, MOST_PARTS // dim)
+        n_threads = n_simdgroups * common.SIMDGROUP
+        output, totals = kernel(
+            inputs=list(named.values()),
+            template=[("T", queries.dtype), ("N", dim), ("SIMDGROUPS", n_simdgroups)],
+            # neighbouring threadgroups are the heads that share a KV head
+            grid=(n_heads * n_threads, n_queries, batch),
+            threadgroup=(n_threads, 1, 1),
+            output_shapes=[queries.shape, queries.shape[:3]],
+            output_dtypes=[queries.dtype, mx.float32],
+        )
+        return output, totals
+
+
+KERNEL = AttendDense()
