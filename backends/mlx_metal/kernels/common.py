@@ -300,18 +300,23 @@ def _bands(bits: tuple[int, ...]) -> Array:
 
 def dtype_name(x: Array | Latent) -> str:
     """``float16`` for ``mx.float16``."""
-    return str(x.dtype).rpartition(".")[2]
+    return _name_of(x.dtype)
+
+
+@functools.cache
+def _name_of(dtype: Any) -> str:
+    return str(dtype).rpartition(".")[2]
 
 
 def dtype_problem(**arrays: Array | Latent) -> str | None:
     """A sentence if the arrays' dtypes differ or no kernel takes them."""
-    names = {name: dtype_name(x) for name, x in arrays.items()}
-    dtypes = sorted(set(names.values()))
-    if len(dtypes) > 1:
-        given = ", ".join(f"{name} {dtype}" for name, dtype in names.items())
+    found = {dtype_name(x) for x in arrays.values()}
+    if len(found) > 1:
+        given = ", ".join(f"{name} {dtype_name(x)}" for name, x in arrays.items())
         return f"the kernel takes arrays of one dtype, not {given}"
-    if dtypes[0] not in DTYPES:
-        return f"the kernel takes {', '.join(DTYPES)}, not {dtypes[0]}"
+    (dtype,) = found
+    if dtype not in DTYPES:
+        return f"the kernel takes {', '.join(DTYPES)}, not {dtype}"
     return None
 
 
