@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import re
 
@@ -10,6 +11,7 @@ import mlx_lm.models.cache as mlx_cache
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step
 
 import xkv
 from tests.architectures import build
@@ -140,3 +142,27 @@ def test_a_command_says_what_it_computes_in(monkeypatch, capsys, is_wanted, is_l
     assert len(lines) == (said is not None) and all(line.startswith(said) for line in lines)
     assert seen == [{mx.float32 if is_wanted and is_loaded else mx.float16}]
     assert re.search(r"KV cache: 0\.8\d+ MB dense", out)
+
+
+@pytest.mark.skipif(not openblas.is_loaded(), reason="MLX has its own BLAS in this process")
+def test_openblas_has_one_thread_while_an_answer_is_decoded():
+    library = ctypes.CDLL(None)
+    n_threads = library.openblas_get_num_threads()
+    library.openblas_set_num_threads(2)
+    try:
+        model = make()
+        xkv.enable(model, **LOSSY)
+        answers = [
+            generate_step(mx.array(PROMPT), model, max_tokens=9, prompt_cache=new_cache(model))
+            for _ in range(2)
+        ]
+        # one that is left early, in the middle of another
+        for answer in answers:
+            next(answer)
+            assert library.openblas_get_num_threads() == 1
+        answers[0].close()
+        assert library.openblas_get_num_threads() == 1
+        assert len(list(answers[1])) == 8
+        assert library.openblas_get_num_threads() == 2
+    finally:
+        library.openblas_set_num_threads(n_threads)

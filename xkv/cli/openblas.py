@@ -32,6 +32,31 @@ def is_loaded() -> bool:
     return hasattr(ctypes.CDLL(None), "openblas_get_config")
 
 
+class OneThread:
+    """OpenBLAS computes in one thread while anyone is inside: faster for a decode step's products.
+
+    They are small, and threads that wait for each other take a core from what else a step does.
+    """
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL(None)
+        self._n_inside = self._n_threads = 0
+
+    def __enter__(self) -> None:
+        if is_loaded() and not self._n_inside:
+            self._n_threads = self._library.openblas_get_num_threads()
+            self._library.openblas_set_num_threads(1)
+        self._n_inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._n_inside -= 1
+        if is_loaded() and not self._n_inside:
+            self._library.openblas_set_num_threads(self._n_threads)
+
+
+ONE_THREAD = OneThread()
+
+
 def load_mlx() -> Any:
     """The MLX backend for a command; on Linux it multiplies float32 by OpenBLAS if there is one.
 

@@ -25,6 +25,7 @@ from xkv.backends.mlx_metal.model.enabled import (
 )
 from xkv.backends.mlx_metal.model.prefill import flatten
 from xkv.backends.mlx_metal.model.snapshot import undone_on_error
+from xkv.cli import openblas
 from xkv.config import DECODE_TOKENS
 from xkv.errors import InputError
 
@@ -84,8 +85,9 @@ def _generate(
             steps = original(prompt[n_done:], model, *args, **kwargs)
             first = next(steps, None)
     if first is not None:
-        yield first
-        yield from steps
+        with openblas.ONE_THREAD:
+            yield first
+            yield from steps
 
 
 def _speculative_of(original: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
@@ -132,8 +134,9 @@ def _speculate(
         steps = original(prompt[-1:], *models, *args, **kwargs)
         first = next(steps, None)
     if first is not None:
-        yield first
-        yield from steps
+        with openblas.ONE_THREAD:
+            yield first
+            yield from steps
 
 
 class _Joined(list[Any]):

@@ -32,6 +32,12 @@ from xkv.errors import InputError
 mlx_server = borrowed.module("mlx_lm.server")
 
 
+def end_streams() -> None:
+    """Destroy the streams that the current thread has made, where MLX can."""
+    # MLX 0.31 cannot, and keeps no streams by thread
+    getattr(mx, "clear_streams", lambda: None)()
+
+
 class Generator(mlx_server.ResponseGenerator):  # type: ignore[name-defined]
     """mlx-lm's generation thread, which refuses what does not fit before it is computed."""
 
@@ -67,6 +73,13 @@ class Generator(mlx_server.ResponseGenerator):  # type: ignore[name-defined]
             raise InputError(str(self._load_error)) from self._load_error
 
     def _generate(self) -> None:
+        try:
+            self._serve()
+        finally:
+            # MLX's own threads of this one: a process that ends before they do is aborted
+            end_streams()
+
+    def _serve(self) -> None:
         try:
             self.model_provider.load_default()
         except Exception as error:

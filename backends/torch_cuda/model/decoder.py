@@ -56,7 +56,7 @@ class Decoder:
     ) -> None:
         _check(cache)
         self.model, self.cache = model, cache
-        self._record = record or (_record_graph if model.device.type == "cuda" else None)
+        self._record = record or (_Graphs() if model.device.type == "cuda" else None)
         self._argument = cache_argument(model)
         self._n_new = torch.zeros(1, dtype=torch.int64, device=model.device)
         """Rows that are in use behind those that the recorded step counts on."""
@@ -187,14 +187,21 @@ class _StaticLayer(CacheLayerMixin, AttendingLayer):
         return -1
 
 
-def _record_graph(run: Run) -> Run:
-    """A CUDA graph of a step; recording computes nothing."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = run()
+class _Graphs:
+    """Makes CUDA graphs of steps, which follow each other and so share memory."""
 
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return output
+    def __init__(self) -> None:
+        self._pool: Any = None
 
-    return replay
+    def __call__(self, run: Run) -> Run:
+        """A graph of a step; recording computes nothing."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            output = run()
+        self._pool = graph.pool()
+
+        def replay() -> torch.Tensor:
+            graph.replay()
+            return output
+
+        return replay
