@@ -43,7 +43,7 @@ KERNELS |= {"rebuild_rows", "rebuild_keys", "weigh_rows"}
 TRITON = KERNELS - {"attend_dense", "choose_rows"}
 MOST_LAUNCHES = 16
 """Of a layer's step on Metal."""
-MORE_WITHOUT = 100
+MORE_WITHOUT = 110
 """Launches, at most, where plain operations take the place of Triton's kernels."""
 
 
