@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 import xkv
@@ -179,3 +180,24 @@ def test_compiler_error_is_told_in_its_own_words(metal, monkeypatch, caplog):
 def test_kernel_that_computes_something_else_is_refused(metal, monkeypatch, caplog):
     index_scores_with(monkeypatch, "max(", "min(")
     assert "index_scores disagrees with its plain twin on this device" in caplog.text
+
+
+@pytest.mark.parametrize("wrong", [0, 1])
+@pytest.mark.parametrize("number", [np.nan, 2.0])
+def test_each_output_of_a_kernel_is_checked(wrong, number):
+    backend = MLXBackend(kernels="off")
+
+    class TwoOutputs:
+        name = "two_outputs"
+
+        def sample(self, *args):
+            return (mx.ones((4,)),)
+
+        def check_key(self, *args):
+            return ("float32",)
+
+        def __call__(self, x):
+            return tuple(x * number if i == wrong else x for i in range(2))
+
+    problem = backend.kernels.check(TwoOutputs(), lambda x: (x, x))
+    assert problem is not None and "two_outputs disagrees with its plain twin" in problem
