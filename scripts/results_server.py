@@ -30,8 +30,10 @@ def batches(record: Record) -> list[str]:
     """A row a side, medians of all runs."""
     lines = []
     for each in by(record.rows, "sequences", "tokens", "method", "ratio").values():
-        names = "decode_tps", "seconds", "held_bytes"
-        medians = {name: statistics.median(row[name] for row in each) for name in names}
+        names = "decode_tps", "seconds", "held_bytes", "longest_gap", "first_token"
+        medians = {
+            name: statistics.median(row[name] for row in each) for name in names if name in each[0]
+        }
         lines.append({**each[0], **medians})
     about = {
         "conversations": of("sequences"),
@@ -42,5 +44,7 @@ def batches(record: Record) -> list[str]:
         "tokens a second, decoding": of("decode_tps", "{:.1f}".format),
         "seconds in all": of("seconds", "{:.1f}".format),
         "MB held": of("held_bytes", lambda size: f"{size / 1e6:,.1f}"),
+        "longest wait for a token, s": of("longest_gap", "{:.2f}".format),
+        "first token of one that joins, s": of("first_token", "{:.1f}".format),
     }
     return [grid(lines, about, columns)]

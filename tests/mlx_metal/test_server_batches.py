@@ -7,38 +7,31 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import Queue
-from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx_lm.generate import generate_step
-from mlx_lm.models.cache import make_prompt_cache
 
 import xkv
 from tests.architectures import build
+from tests.mlx_metal.server_loop import (
+    N_TOKENS,
+    OPTIONS,
+    PROMPTS,
+    Loop,
+    alone,
+    failures,
+    new_answers,
+)
 from tests.serving import Server, float32_model
 from xkv.backends.mlx_metal.model import generation
 from xkv.backends.mlx_metal.server import generator as generator_module
-from xkv.backends.mlx_metal.server.answers import Answers
-from xkv.backends.mlx_metal.server.batches import Batches
 from xkv.backends.mlx_metal.server.budget import PromptCache
 from xkv.backends.mlx_metal.server.errors import ClientGone
 from xkv.backends.mlx_metal.server.generator import Generator
 from xkv.backends.mlx_metal.server.need import RequestBytes
 from xkv.tiny import make_document
-
-OPTIONS: dict[str, Any] = {
-    "group_size": 2,
-    "window": 16,
-    "max_tail": 16,
-    "rank_k": 24,
-    "rank_v": 32,
-}
-N_TOKENS = 8
-PROMPTS = [[3 + (i * 7 + n) % 200 for i in range(n)] for n in (120, 41, 67)]
 
 
 @pytest.fixture
@@ -47,56 +40,6 @@ def model() -> Iterator[nn.Module]:
     xkv.enable(built, **OPTIONS)
     yield built
     xkv.disable(built)
-
-
-class Loop:
-    """What mlx-lm's loop does with a batch."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.answers = [new_answers() for _ in PROMPTS]
-        self.kept: list[tuple[list[int], list[Any]]] = []
-        waiting = iter(self.answers)
-        self.batches = Batches(
-            lambda: next(waiting),
-            lambda tokens, cache: self.kept.append((tokens, cache)),
-            model,
-            completion_batch_size=4,
-            prefill_batch_size=8,
-            prefill_step_size=32,
-        )
-        self.tokens: dict[int, list[int]] = {}
-        self.ended: list[int] = []
-        for prompt in PROMPTS:
-            (uid,) = self.batches.insert([prompt], max_tokens=[N_TOKENS])
-            self.tokens[uid] = []
-
-    def run(self, n_steps: int = 100) -> None:
-        for _ in range(n_steps):
-            prompts, generated = self.batches.next()
-            for response in generated:
-                if response.prompt_cache != []:
-                    self.tokens[response.uid].append(response.token)
-                if response.finish_reason is not None:
-                    self.ended.append(response.uid)
-            if not prompts and not generated:
-                return
-
-
-def new_answers() -> Answers:
-    answers = Answers(Queue(), SimpleNamespace(stop_words=[], logprobs=False, top_logprobs=0), None)
-    answers.context = SimpleNamespace(_should_stop=False)
-    return answers
-
-
-def alone(model: nn.Module, prompt: list[int]) -> list[int]:
-    cache = make_prompt_cache(model)
-    steps = generate_step(mx.array(prompt), model, max_tokens=N_TOKENS, prompt_cache=cache)
-    return [int(token) for token, _ in steps]
-
-
-def failures(answers: Answers) -> list[Exception]:
-    items = [answers._queue.get_nowait() for _ in range(answers._queue.qsize())]
-    return [item for item in items if isinstance(item, Exception)]
 
 
 def test_every_request_gets_what_it_gets_alone(model: nn.Module) -> None:
@@ -144,9 +87,7 @@ def test_a_step_that_fails_ends_all_and_the_next_ones_are_served(
     # some layers may have taken the token, and others not
     assert loop.kept == []
     assert sorted(loop.ended) == list(loop.tokens)
-    loop.batches._take = new_answers
-    (uid,) = loop.batches.insert([PROMPTS[0]], max_tokens=[N_TOKENS])
-    loop.tokens[uid] = []
+    uid = loop.insert(PROMPTS[0])
     loop.run()
     assert loop.tokens[uid] == alone(model, PROMPTS[0])
 

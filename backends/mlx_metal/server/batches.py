@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
+from greenlet import getcurrent, greenlet
 
 from xkv.backends.mlx_metal.model import borrowed
 from xkv.backends.mlx_metal.model.batch import XKVBatch
@@ -23,7 +25,10 @@ _NO_LOGPROBS = 64
 
 
 class Batches(_GENERATE.BatchGenerator):  # type: ignore[name-defined,misc]
-    """mlx-lm's batch, in which a request that fails takes no other with it.
+    """mlx-lm's batch, in which a request takes no other with it that fails, and holds none up.
+
+    A prompt goes in beside the answers of the others: its prefill rests after a chunk of a layer,
+    for a step of theirs, where they had less than half of the time.
 
     Args:
         take: Gives the answers of the request that is being inserted.
@@ -46,24 +51,50 @@ class Batches(_GENERATE.BatchGenerator):  # type: ignore[name-defined,misc]
         self.answers: dict[int, Answers] = {}
         """Of the requests in the batch."""
         self._failed: list[int] = []
+        self._prefill: greenlet | None = None
+        """A prompt that is going in, by itself: a stack of calls that rests between steps."""
+        self._held: list[Any] = []
+        """What there is to say of it once it is in."""
+        self._step_seconds = self._step_end = 0.0
+        """How long the last step of the answers took, and when it ended."""
         self._prompt_batch.on_progress = self._progress
         self._prompt_batch.on_error = self._fail
+        self._prompt_batch.prompt = self._begin_prefill
 
     def insert_segments(self, *args: Any, **kwargs: Any) -> Any:
         uids = super().insert_segments(*args, **kwargs)
         self.answers.update((uid, self._take()) for uid in uids)
         return uids
 
+    def _begin_prefill(self, tokens: Sequence[list[int]]) -> None:
+        if tokens:
+            batch = self._prompt_batch
+            self._prefill = greenlet(lambda: type(batch).prompt(batch, tokens))
+            self._prefill.switch()
+
     def _progress(self, uid: int, done: int, total: int) -> None:
         answers = self.answers[uid]
         answers.put((done, total))
         if uid in self._left():
             raise ClientGone("the client is gone")
+        since = time.perf_counter() - self._step_end
+        if len(self._generation_batch) and (_is_distributed() or since >= self._step_seconds):
+            getcurrent().parent.switch()
+
+    def _drop_prefill(self) -> None:
+        """End a prefill that rests."""
+        prefill, self._prefill, self._held = self._prefill, None, []
+        if prefill is not None:
+            prefill.throw()
+
+    def close(self) -> None:
+        self._drop_prefill()
+        super().close()
 
     def _left(self) -> list[int]:
         """Requests that nobody waits for, or that a stop string ended."""
         # other devices of a model that runs on several do not know of clients
-        if mx.distributed.init().size() > 1:
+        if _is_distributed():
             return []
         return [uid for uid, answers in self.answers.items() if answers.is_left]
 
@@ -73,12 +104,14 @@ class Batches(_GENERATE.BatchGenerator):  # type: ignore[name-defined,misc]
 
     def next(self) -> tuple[list[Any], list[Any]]:
         """One step of all but those that were left; requests that fail end with it."""
-        left = self._left()
+        prefilling = [] if self._prefill is None else self._prompt_batch.uids
+        left = [uid for uid in self._left() if uid not in prefilling]
         self.remove(left)
         try:
-            prompts, generated = super().next()
+            prompts, generated = self._step()
         except Exception as error:
             # in the step of all, so that none of them can go on
+            self._drop_prefill()
             prompts, generated = [], []
             for uid in self.answers:
                 self._fail(uid, error)
@@ -93,6 +126,28 @@ class Batches(_GENERATE.BatchGenerator):  # type: ignore[name-defined,misc]
                 self.answers.pop(response.uid, None)
         prompts = [x for x in prompts if x.uid not in failed]
         return prompts, [*generated, *map(_ended, [*left, *failed])]
+
+    def _step(self) -> tuple[list[Any], list[Any]]:
+        """A step of the answers, and a prompt as far as it gets before the next one."""
+        began = time.perf_counter()
+        if self._prefill is None:
+            prompts, generated = super().next()
+        else:
+            # mlx-lm goes on to prompts where it decodes fewer than it may
+            most, self.completion_batch_size = self.completion_batch_size, 0
+            try:
+                _, generated = super().next()
+            finally:
+                self.completion_batch_size = most
+            self._step_end = time.perf_counter()
+            self._step_seconds = self._step_end - began
+            prompts = self._held
+            with mx.stream(self._stream):
+                self._prefill.switch()
+        if self._prefill is not None:
+            self._prefill = None if self._prefill.dead else self._prefill
+            self._held, prompts = ([], prompts) if self._prefill is None else (prompts, [])
+        return prompts, generated
 
     def remove(self, uids: Any, *args: Any, **kwargs: Any) -> Any:
         """Leave requests out; those that had begun to answer can go on later."""
@@ -114,6 +169,10 @@ class Batches(_GENERATE.BatchGenerator):  # type: ignore[name-defined,misc]
                 for member in members:
                     held |= arrays_held([member])
         return held
+
+
+def _is_distributed() -> bool:
+    return mx.distributed.init().size() > 1
 
 
 def _ended(uid: int) -> Any:
