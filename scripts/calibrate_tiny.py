@@ -35,7 +35,7 @@ def main() -> None:
     )
     with ProgressBars() as bars:
         done = calibrate_model(subject, lambda: pieces_of(texts), bars.update, True, out)
-    print(f"{done.path}: plans {dict(done.basis.balances)}", file=sys.stderr)
+    print(f"{done.path}: weights {dict(done.basis.weights)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

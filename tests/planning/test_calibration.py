@@ -7,39 +7,26 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
-from tests.tiny_models import ARCHITECTURES, write_checkpoint
-from xkv import InputError, XKVConfig
+from tests.planning.pieces import CONFIG, pieces
+from xkv import InputError
 from xkv.cli import first_use
 from xkv.cli.engine import load_engine
-from xkv.planning import balance, basis_file
+from xkv.planning import basis_file
 from xkv.planning import calibrate_model as module
 from xkv.planning.basis_file import OFF, basis_path, find_basis, read_basis, uid_of
 from xkv.planning.calibrate_model import N_HELD_OUT, calibrate_model
 from xkv.planning.calibration import (
-    CONTEXT_TOKENS,
-    PREDICTED_TOKENS,
     calibration_pieces,
     find_directions,
     gather,
 )
 from xkv.planning.moments import Moments
-from xkv.store.model_basis import MAX_PLANS, Balance, ModelBasis
+from xkv.store.model_basis import MAX_PLANS
 from xkv.store.ranks import plan_ranks
 
-CONFIG = XKVConfig(group_size=3)
-N_TOKENS = CONTEXT_TOKENS + PREDICTED_TOKENS
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A random model of five layers."""
-    return write_checkpoint(tmp_path_factory.mktemp("model"), ARCHITECTURES["llama"])
-
-
-@pytest.fixture(scope="module", params=["mlx", "torch"])
-def subject(request, folder):
-    return load_engine(request.param, str(folder)).subject(CONFIG)
+WEIGHTS = {8.0: ((1.0, 0.5), (2.0, 0.25))}
 
 
 @pytest.fixture
@@ -49,15 +36,10 @@ def cache_home(tmp_path, monkeypatch):
     return tmp_path / "home" / "xkv"
 
 
-def pieces(n: int = N_HELD_OUT + 2) -> list[list[int]]:
-    random = np.random.default_rng(0)
-    return [random.integers(0, 250, N_TOKENS).tolist() for _ in range(n)]
-
-
 @pytest.fixture
 def fast(monkeypatch):
-    """Plans are not compared, which takes most of the time."""
-    monkeypatch.setattr(module, "best_balances", lambda *_: {8.0: Balance(0.5, 1.0, True)})
+    """No errors are measured, which takes most of the time."""
+    monkeypatch.setattr(module, "measured_weights", lambda *_: WEIGHTS)
 
 
 def test_a_calibration_survives_its_file(subject, cache_home, fast):
@@ -66,11 +48,7 @@ def test_a_calibration_survives_its_file(subject, cache_home, fast):
     assert done.problem is None and done.path == basis_path(subject.fingerprint, groups)
     assert not list(cache_home.glob("*.partial"))
     again = find_basis(subject.fingerprint, groups, CONFIG, backend)
-    assert (again.uid, again.groups, again.balances) == (
-        done.basis.uid,
-        groups,
-        {8.0: Balance(0.5, 1.0, True)},
-    )
+    assert (again.uid, again.groups, again.weights) == (done.basis.uid, groups, WEIGHTS)
     for mine, its in zip(done.basis.directions[1], again.directions[1], strict=True):
         for x, y in zip(mine, its, strict=True):
             np.testing.assert_array_equal(x, y)
@@ -210,30 +188,7 @@ def test_a_calibration_that_fails_leaves_the_command_running(
     assert "too little text" in (err := capsys.readouterr().err) and "basis of its own" in err
 
 
-def test_plans_are_chosen_by_divergence(subject, tmp_path, monkeypatch):
-    """Of two plans the one whose next-token distributions are nearer to the full cache's."""
-    moments = Moments(tmp_path)
-    gather(subject, pieces(1), moments, lambda *_: None)
-    directions = find_directions(subject, moments)
-    basis = ModelBasis(subject.backend, uid_of(directions), subject.plan.groups, directions)
-    monkeypatch.setattr(balance, "RATIOS", (4.0,))
-    piece = pieces(2)[1]
-    even = Balance(1.0, 1.0, True)
-    plans = [(ratio, even) for ratio in (2.0, 4.0, 8.0)]
-    found = [x for _, x in balance._divergences(subject, basis, piece, plans)]
-    assert 0 < found[0] < found[1] < found[2]
-    by_balance = dict(
-        balance._divergences(subject, basis, piece, [(4.0, x) for x in balance.BALANCES])
-    )
-    best = balance.best_balances(subject, basis, [piece], lambda *_: None)
-    assert by_balance[4.0, best[4.0]] == pytest.approx(min(by_balance.values()), rel=1e-3)
-
-
-def test_lengths_share_plans_and_few_are_kept(subject, tmp_path):
-    moments = Moments(tmp_path)
-    gather(subject, pieces(1), moments, lambda *_: None)
-    directions = find_directions(subject, moments)
-    basis = ModelBasis(subject.backend, uid_of(directions), subject.plan.groups, directions)
+def test_lengths_share_plans_and_few_are_kept(subject, basis):
     shape = subject.plan.probe.cache_shape(subject.plan.groups)
     config = replace(CONFIG, compression=3, attention="exact")
     plans, dtype = set(), subject.backend.xp.float32
@@ -245,7 +200,7 @@ def test_lengths_share_plans_and_few_are_kept(subject, tmp_path):
         for number, bits in enumerate(plan.bits):
             basis.columns(number, bits, dtype)
     assert len(plans) <= 20
-    widest = sum(x.scales.size**2 for group in directions for x in group) * 4
+    widest = sum(x.scales.size**2 for group in basis.directions for x in group) * 4
     assert basis.nbytes <= MAX_PLANS * (widest + 4 * 1024)
 
 
@@ -268,3 +223,13 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(subject, cache_home, fast
 
 def _raise(error):
     raise error
+
+
+def test_torch_calibrates_in_float32_on_a_cpu(folder):
+    engine = load_engine("torch", str(folder))
+    engine.model.to(torch.bfloat16)
+    before = engine.subject(CONFIG).fingerprint
+    assert "computes in float32" in engine.speed_up()
+    assert engine.model.dtype == torch.float32
+    assert engine.subject(CONFIG).fingerprint == before
+    assert engine.speed_up() is None

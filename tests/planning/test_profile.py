@@ -21,7 +21,6 @@ from xkv.planning.basis_file import read_basis
 from xkv.planning.language_model import load_language_model
 from xkv.planning.layer_groups import prompt_tokens
 from xkv.planning.profile import ModelIdentity, Profile, find_profile, profile_path
-from xkv.store.model_basis import Balance
 from xkv.tiny import CHECKPOINT_DIR, make_document
 
 TEXT = make_document(seed=3, n_tokens=400).text
@@ -142,9 +141,7 @@ def test_calibrate_command_writes_groups_and_a_basis_for_them(
     capsys, monkeypatch, folder, tmp_path, backend
 ):
     monkeypatch.setattr("xkv.planning.calibration.N_PIECES", 5)
-    monkeypatch.setattr(
-        "xkv.planning.calibrate_model.best_balances", lambda *_: {8.0: Balance(1.0, 1.0, True)}
-    )
+    monkeypatch.setattr("xkv.planning.calibrate_model.measured_weights", lambda *_: {})
     text, out = tmp_path / "text.txt", tmp_path / "out.safetensors"
     text.write_text(TEXT)
     flags = ["--model", str(folder), "--prompt", str(text), "--group-size", "3", "--cka"]

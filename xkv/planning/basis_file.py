@@ -16,10 +16,10 @@ from xkv.config import XKVConfig
 from xkv.errors import InputError
 from xkv.ops.backend import Backend
 from xkv.planning.profile import cache_folder
-from xkv.store.model_basis import Balance, Directions, ModelBasis, loaded_basis
+from xkv.store.model_basis import Directions, ModelBasis, loaded_basis
 from xkv.tiny import CHECKPOINT_DIR
 
-FORMAT = 2
+FORMAT = 3
 OFF = "XKV_NO_CALIBRATION"
 """An environment variable: set, no model is calibrated at its first use."""
 
@@ -66,7 +66,7 @@ def write_basis(
         "fingerprint": fingerprint,
         "groups": basis.groups,
         "heads": [[each.heads for each in group] for group in basis.directions],
-        "balances": list(basis.balances.items()),
+        "weights": list(basis.weights.items()),
         "note": note,
     }
     data = save(arrays, {"xkv_basis": json.dumps(about)})
@@ -110,14 +110,16 @@ def read_basis(path: Path, fingerprint: str, groups: Groups, backend: Backend) -
                 )
                 for number, heads in enumerate(about["heads"])
             )
-            balances = {float(ratio): Balance(*balance) for ratio, balance in about["balances"]}
+            weights = {
+                float(ratio): tuple(map(tuple, by_group)) for ratio, by_group in about["weights"]
+            }
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, InputError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise InputError(
             f"{path} is no calibration that can be used: {reason}; make it again with "
             "python -m xkv.calibrate --again"
         ) from error
-    return ModelBasis(backend, uid_of(directions), groups, directions, balances)
+    return ModelBasis(backend, uid_of(directions), groups, directions, weights)
 
 
 def keep_unsaved(fingerprint: str, basis: ModelBasis) -> None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from xkv.errors import InputError
-from xkv.planning.balance import best_balances
 from xkv.planning.basis_file import basis_path, keep_unsaved, read_basis, uid_of, write_basis
 from xkv.planning.calibration import (
     CONTEXT_TOKENS,
@@ -23,10 +22,11 @@ from xkv.planning.calibration import (
     gather,
 )
 from xkv.planning.moments import Moments
+from xkv.planning.tensor_weights import measured_weights
 from xkv.store.model_basis import ModelBasis
 
 N_HELD_OUT = 3
-"""Pieces, of different texts, on which plans are compared."""
+"""Pieces, of different texts, on which plans are tried."""
 
 OnPhase = Callable[[str, int, int], None]
 """Called with what is done, and how much of it, and in all."""
@@ -96,10 +96,10 @@ def calibrate_model(
             ) from error
         directions = find_directions(subject, moments)
         basis = ModelBasis(subject.backend, uid_of(directions), groups, directions)
-        balances = best_balances(
+        weights = measured_weights(
             subject, basis, held_out, lambda done, total: on_phase("plan", done, total)
         )
-        basis = replace(basis, balances=balances)
+        basis = replace(basis, weights=weights)
         if problem is None:
             note = f"{moments.done['rows']} tokens"
             try:

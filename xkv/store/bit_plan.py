@@ -88,6 +88,16 @@ def plan_bits(tensors: Sequence[Columns], budget_bytes: float) -> list[list[Opti
     return best
 
 
+def lost_energy(energies: np.ndarray, bits: Sequence[int]) -> float:
+    """What a plan's bits of each band lose of a tensor's energies."""
+    options, left_out = _options(Columns(energies, 1, 2), len(bits), len(bits))
+    chosen = (
+        next(option.error for option in band if option.latent_bits == n)
+        for band, n in zip(options, bits, strict=True)
+    )
+    return left_out + sum(chosen)
+
+
 def _options(tensor: Columns, n_bands: int, n_shown: int) -> tuple[list[list[Option]], float]:
     """What each band costs, and loses, in every number of bits.
 

@@ -45,22 +45,23 @@ class Directions(NamedTuple):
     """Layers, KV heads of each, and features."""
 
 
-class Balance(NamedTuple):
-    """How a plan weighs errors of groups, keys and values against each other."""
+Weights = tuple[tuple[float, ...], ...]
+"""On the energies of each group's keys, and values; only their proportions count."""
 
-    exponent: float
-    """How far an error is divided by the energy of its tensor: at 0 all count as the gradients say,
-    which hold for small errors; at 1 all tensors count alike."""
-    key_weight: float
-    """On errors of keys."""
-    is_by_group: bool
-    """Whether each group gets bytes by its width, instead of all sharing them."""
+KEY_WEIGHT = 2.0
+"""On errors of keys, where nothing was measured."""
 
-    def weight(self, tensor: Directions, part: int) -> float:
-        """On the energies of a group's keys (part 0) or values."""
-        # the first direction is, nearly, the mean of the rows
-        moving = float(tensor.energies[1:].sum()) or 1.0
-        return (1.0 if part else self.key_weight) / moving**self.exponent
+
+def prior_weights(directions: Sequence[Sequence[Directions]]) -> Weights:
+    """Weights by which all tensors count alike, keys for more: gradients hold for small errors."""
+    return tuple(
+        tuple(
+            # the first direction is, nearly, the mean of the rows
+            (1.0 if part else KEY_WEIGHT) / (float(tensor.energies[1:].sum()) or 1.0)
+            for part, tensor in enumerate(group)
+        )
+        for group in directions
+    )
 
 
 @dataclass(eq=False)
@@ -78,10 +79,8 @@ class ModelBasis:
     uid: str
     groups: tuple[tuple[int, ...], ...]
     directions: tuple[tuple[Directions, ...], ...]
-    balances: Mapping[float, Balance] = field(
-        default_factory=lambda: {8.0: Balance(1.0, 2.0, True)}
-    )
-    """By ratio of dense bytes to bytes of latents: see :mod:`xkv.planning.balance`."""
+    weights: Mapping[float, Weights] = field(default_factory=dict)
+    """By ratio of dense bytes to bytes of latents: see :mod:`xkv.planning.tensor_weights`."""
     _bases: dict[Any, Basis] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -151,29 +150,19 @@ class ModelBasis:
         Returns:
             Bits of keys, and of values, by group; None if the bytes do not hold a band of each.
         """
-        every = [each for group in self.directions for each in group]
-        n_columns = sum(len(each.scales) for each in every)
+        n_columns = sum(len(each.scales) for group in self.directions for each in group)
         ratio = item_bytes * n_columns / row_bytes
-        balance = self.balances[min(self.balances, key=lambda known: abs(math.log(known / ratio)))]
+        known = min(self.weights, key=lambda known: abs(math.log(known / ratio)), default=None)
+        weights = prior_weights(self.directions) if known is None else self.weights[known]
         limits = (max_key_rank and max(max_key_rank // BAND, 1), None)
         tensors = [
-            [
-                Columns(each.energies * balance.weight(each, part), 1, item_bytes, max_bands=limit)
-                for part, (each, limit) in enumerate(zip(group, limits, strict=False))
-            ]
-            for group in self.directions
+            Columns(each.energies * weight, 1, item_bytes, max_bands=limit)
+            for group, mine in zip(self.directions, weights, strict=True)
+            for each, weight, limit in zip(group, mine, limits, strict=False)
         ]
-        if not balance.is_by_group:
-            tensors = [[each for group in tensors for each in group]]
-        found, left = [], 0.0
-        for tensor in tensors:
-            # what one group leaves over is the next one's
-            left += row_bytes * sum(len(x.energies) for x in tensor) / n_columns
-            plan = plan_bits(tensor, left)
-            if plan is None:
-                return None
-            left -= sum(option.n_bytes for bands in plan for option in bands)
-            found += plan
+        found = plan_bits(tensors, row_bytes)
+        if found is None:
+            return None
         bits = iter(tuple(option.latent_bits for option in bands) for bands in found)
         return tuple(tuple(next(bits) for _ in group) for group in self.directions)
 
