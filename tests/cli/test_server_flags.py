@@ -6,7 +6,7 @@ import argparse
 
 import pytest
 
-from xkv.cli.server_flags import API_KEY, add_server_flags, check_server_flags
+from xkv.cli.server_flags import API_KEY, add_server_flags, byte_count, check_server_flags
 from xkv.errors import InputError
 
 
@@ -58,3 +58,26 @@ def test_bytes_on_disk_need_a_folder() -> None:
     assert parsed(*flags).prompt_cache_disk_bytes == 5
     with pytest.raises(InputError, match="--prompt-cache-disk-bytes needs a folder"):
         parsed("--prompt-cache-disk-bytes", "5")
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("4096", 4096),
+        ("3k", 3000),
+        ("500MB", 500_000_000),
+        ("1.5 G", 1_500_000_000),
+        ("2gb", 2_000_000_000),
+        ("1TB", 10**12),
+    ],
+)
+def test_bytes_have_units(text: str, count: int) -> None:
+    assert byte_count(text) == count
+    flags = ["--prompt-cache-dir", "d", "--prompt-cache-disk-bytes", text]
+    assert parsed(*flags).prompt_cache_disk_bytes == count
+
+
+@pytest.mark.parametrize("text", ["", "GB", "12X", "1 2", "5BB", "5KM", "nan", "inf"])
+def test_what_is_no_number_of_bytes_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is no number of bytes"):
+        byte_count(text)

@@ -81,7 +81,7 @@ class Engine(ABC):
         """What a profile of this model agrees with."""
 
     def speed_up(self) -> str | None:
-        """Compute as fast as this device can, for what holds no rows of its own; what to say of it."""
+        """Compute as fast as this device can, where no rows are kept; what to say of it."""
         return None
 
     @abstractmethod

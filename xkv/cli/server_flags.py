@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from decimal import Decimal, InvalidOperation
 
 from xkv.errors import InputError
 
@@ -12,6 +13,21 @@ API_KEY = "XKV_API_KEY"
 
 DISK_BYTES = 10_000_000_000
 """Of ``--prompt-cache-disk-bytes``, if it is left out."""
+
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def byte_count(text: str) -> int:
+    """Bytes of a flag, as mlx-lm's own are written too: ``500MB``, ``1.5 G``, ``4096``."""
+    number = text.upper().removesuffix("B").rstrip("KMGT")
+    unit = text.upper().removesuffix("B")[len(number) :]
+    try:
+        return int(Decimal(number) * UNITS[unit])
+    except (InvalidOperation, KeyError, ValueError, OverflowError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number of bytes, as 4096, 500MB or 1.5GB"
+        ) from None
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +49,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     )
     guard.add_argument(
         "--max-body-bytes",
-        type=int,
+        type=byte_count,
         default=32_000_000,
         help="largest body of a request (default: 32000000)",
     )
@@ -61,9 +77,9 @@ def _add_disk_flags(parser: argparse.ArgumentParser) -> None:
     )
     disk.add_argument(
         "--prompt-cache-disk-bytes",
-        type=int,
+        type=byte_count,
         metavar="N",
-        help=f"most bytes of all files in it (default: {DISK_BYTES})",
+        help="most bytes of all files in it, as 20GB (default: 10GB)",
     )
 
 
