@@ -154,12 +154,10 @@ class Generator(mlx_server.ResponseGenerator):  # type: ignore[name-defined]
         if not is_busy or self._is_distributed or self._key_of(args.model) != key:
             return False
         try:
-            request.tokenized = self._tokenize(self.model_provider.tokenizer, request, args)
+            request.tokenized = self._admitted(self.model_provider.tokenizer, request, args)
         except Exception:
             # and again, where the client is told
             return False
-        finally:
-            self._starting = None
         return not self.prompt_cache.has_room(answers.need)
 
     def _key_of(self, models: Any) -> Any:
@@ -179,8 +177,12 @@ class Generator(mlx_server.ResponseGenerator):  # type: ignore[name-defined]
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> Any:
         self._starting = request.answers
-        if request.tokenized is not None:
-            return request.tokenized
+        if request.tokenized is None:
+            request.tokenized = self._admitted(tokenizer, request, args)
+        return request.tokenized
+
+    def _admitted(self, tokenizer: Any, request: Any, args: Any) -> Any:
+        """What mlx-lm makes of a request; raises if it is malformed, or does not fit."""
         self._fit_vocabulary(request, args)
         malformed = malformed_calls(request.messages)
         try:
