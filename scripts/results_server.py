@@ -31,9 +31,7 @@ def batches(record: Record) -> list[str]:
     lines = []
     for each in by(record.rows, "sequences", "tokens", "method", "ratio").values():
         names = "decode_tps", "seconds", "held_bytes", "longest_gap", "first_token"
-        medians = {
-            name: statistics.median(row[name] for row in each) for name in names if name in each[0]
-        }
+        medians = {name: statistics.median(row[name] for row in each) for name in names}
         lines.append({**each[0], **medians})
     about = {
         "conversations": of("sequences"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -67,6 +68,17 @@ class Loop:
         (uid,) = self.batches.insert([prompt], max_tokens=[self.n_tokens])
         self.tokens[uid] = []
         return int(uid)
+
+    def fail_step(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One step of all answers, in which the device fails."""
+
+        def failing(*args: Any) -> None:
+            raise RuntimeError("the device is gone")
+
+        with monkeypatch.context() as broken:
+            broken.setattr(type(self.batches._generation_batch), "next", failing)
+            self.run(1)
+        assert all(len(failures(answers)) == 1 for answers in self.answers)
 
     def lengths(self) -> list[int]:
         """Tokens of each answer so far."""

@@ -76,14 +76,7 @@ def test_a_step_that_fails_ends_all_and_the_next_ones_are_served(
 ) -> None:
     loop = Loop(model)
     loop.run(6)
-
-    def failing(*args: Any) -> None:
-        raise RuntimeError("the device is gone")
-
-    with monkeypatch.context() as broken:
-        broken.setattr(type(loop.batches._generation_batch), "next", failing)
-        loop.run(1)
-    assert all(len(failures(answers)) == 1 for answers in loop.answers)
+    loop.fail_step(monkeypatch)
     # some layers may have taken the token, and others not
     assert loop.kept == []
     assert sorted(loop.ended) == list(loop.tokens)

@@ -127,13 +127,7 @@ def test_a_client_that_leaves_while_another_ones_prompt_rests(loop: Loop, model:
 def test_a_step_that_fails_while_a_prompt_rests(
     loop: Loop, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(*args: Any) -> None:
-        raise RuntimeError("the device is gone")
-
-    with monkeypatch.context() as broken:
-        broken.setattr(type(loop.batches._generation_batch), "next", failing)
-        loop.run(1)
-    assert all(len(failures(answers)) == 1 for answers in loop.answers)
+    loop.fail_step(monkeypatch)
     assert_nothing_runs(loop, model)
     uid = loop.insert(LONG)
     loop.run()

@@ -73,8 +73,8 @@ KINDS = {
         (
             "batches",
             f"sequences=count tokens=count {_METHOD} run=count",
-            "seconds=number decode_tps=number held_bytes=count longest_gap=number? "
-            "first_token=number?",
+            "seconds=number decode_tps=number held_bytes=count longest_gap=number "
+            "first_token=number",
         ),
         ("first_run", "command=text openblas=text run=count", "seconds=number"),
         (

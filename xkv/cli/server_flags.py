@@ -14,8 +14,7 @@ API_KEY = "XKV_API_KEY"
 DISK_BYTES = 10_000_000_000
 """Of ``--prompt-cache-disk-bytes``, if it is left out."""
 
-
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def byte_count(text: str) -> int:
@@ -23,7 +22,7 @@ def byte_count(text: str) -> int:
     number = text.upper().removesuffix("B").rstrip("KMGT")
     unit = text.upper().removesuffix("B")[len(number) :]
     try:
-        return int(Decimal(number) * UNITS[unit])
+        return int(Decimal(number) * _UNITS[unit])
     except (InvalidOperation, KeyError, ValueError, OverflowError):
         raise argparse.ArgumentTypeError(
             f"{text!r} is no number of bytes, as 4096, 500MB or 1.5GB"
@@ -79,7 +78,7 @@ def _add_disk_flags(parser: argparse.ArgumentParser) -> None:
         "--prompt-cache-disk-bytes",
         type=byte_count,
         metavar="N",
-        help="most bytes of all files in it, as 20GB (default: 10GB)",
+        help=f"most bytes of all files in it, as 20GB (default: {DISK_BYTES})",
     )
 
 

@@ -25,7 +25,7 @@ _NO_LOGPROBS = 64
 
 
 class Batches(_GENERATE.BatchGenerator):  # type: ignore[name-defined,misc]
-    """mlx-lm's batch, in which a request takes no other with it that fails, and holds none up.
+    """mlx-lm's batch, in which a request that fails takes no other with it.
 
     A prompt goes in beside the answers of the others: its prefill rests after a chunk of a layer,
     for a step of theirs, where they had less than half of the time.
@@ -144,10 +144,11 @@ class Batches(_GENERATE.BatchGenerator):  # type: ignore[name-defined,misc]
             prompts = self._held
             with mx.stream(self._stream):
                 self._prefill.switch()
-        if self._prefill is not None:
-            self._prefill = None if self._prefill.dead else self._prefill
-            self._held, prompts = ([], prompts) if self._prefill is None else (prompts, [])
-        return prompts, generated
+        if self._prefill is None or self._prefill.dead:
+            self._prefill, self._held = None, []
+            return prompts, generated
+        self._held = prompts
+        return [], generated
 
     def remove(self, uids: Any, *args: Any, **kwargs: Any) -> Any:
         """Leave requests out; those that had begun to answer can go on later."""
