@@ -19,7 +19,6 @@ from xkv.backends.mlx_metal.kernels import (
     weigh_rows,
 )
 from xkv.backends.mlx_metal.rotation import rotation_at
-from xkv.backends.mlx_metal.unpacking import codes_of
 from xkv.ops.backend import MAX_TABLES, Backend
 from xkv.ops.kernels import KernelDispatch, KernelMode
 from xkv.ops.latent import Latent
@@ -124,12 +123,15 @@ class MLXBackend(Backend):
 
     def dequantize(self, packed: tuple[Array, ...], group_size: int, bits: int) -> Array:
         words, scales, biases = packed
-        if mx.default_device() == mx.Device(mx.cpu):
-            codes = codes_of(words, bits).astype(scales.dtype)
-            groups = mx.reshape(codes, (*scales.shape, group_size))
-            numbers = groups * scales[..., None] + biases[..., None]
-            return mx.reshape(numbers, codes.shape)
-        return mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
+        if mx.default_device() != mx.Device(mx.cpu):
+            return mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
+        # each row a matrix of one row, times 1: the CPU's mx.dequantize takes 3 to 15 times as long
+        words, scales, biases = (mx.reshape(x, (-1, 1, x.shape[-1])) for x in packed)
+        ones = mx.ones((words.shape[0], 1, 1), scales.dtype)
+        rows = mx.quantized_matmul(
+            ones, words, scales, biases, transpose=False, group_size=group_size, bits=bits
+        )
+        return mx.reshape(rows, (*packed[0].shape[:-1], rows.shape[-1]))
 
     def logsumexp(self, x: Array) -> Array:
         return mx.logsumexp(x, axis=-1)

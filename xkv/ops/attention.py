@@ -71,7 +71,8 @@ def rebuild_rows(backend: Operations, stored: Stored, rows: Array) -> Array:
         ``[B, n_kv_heads, n, dim]``
     """
     xp = backend.xp
-    taken, basis = take_rows(backend, stored.latent, rows), stored.basis
+    basis = stored.basis
+    taken = take_rows(backend, stored.latent, rows).astype(backend, basis.dtype)
     by_head, rebuilt = xp.permute_dims(basis, (0, 2, 1, 3)), None
     for at, piece in taken.pieces():
         product = piece.unpack(backend, basis.dtype) @ by_head[..., at, :]

@@ -167,22 +167,25 @@ def index_scores(
         ``[B, n_kv_heads, L]`` in float32 or wider: the largest over the KV head's queries.
     """
     xp = backend.xp
-    n_rows, n_blocks, found = latent.shape[1], absorbed.shape[1], []
-    # pieces of whole blocks, that fit into a CPU's cache, then the rows of one that is not whole
-    step, whole = BLOCK * BLOCKS, n_rows - n_rows % BLOCK if n_blocks > 1 else n_rows
-    ends = sorted({*range(step, whole, step), whole, n_rows} - {0})
-    for first, end in zip([0, *ends], ends, strict=False):
-        here = absorbed[:, first // BLOCK : -(-end // BLOCK)] if n_blocks > 1 else absorbed
-        size = (latent.shape[0], here.shape[1], (end - first) // here.shape[1])
-        products, row = None, 0
-        for columns in index_columns(backend, latent.rows(first, end), absorbed.dtype):
+    batch, n_rows = latent.shape[:2]
+    n_blocks, found = absorbed.shape[1], []
+    # pieces of whole blocks, that fit into a CPU's cache; the last one is filled up
+    step = BLOCK * BLOCKS
+    for first in range(0, n_rows, step):
+        n_here, row, products = min(step, n_rows - first), 0, None
+        here = absorbed[:, first // BLOCK : (first + step) // BLOCK] if n_blocks > 1 else absorbed
+        n_missing = -n_here % BLOCK if n_blocks > 1 else 0
+        for columns in index_columns(backend, latent.rows(first, first + n_here), absorbed.dtype):
             width = columns.shape[-1]
-            part = xp.reshape(columns, (*size, width)) @ here[:, :, row : row + width]
+            if n_missing:
+                rest = xp.zeros((batch, n_missing, width), dtype=columns.dtype, **backend.placement)
+                columns = xp.concat([columns, rest], axis=1)
+            by_block = xp.reshape(columns, (batch, here.shape[1], -1, width))
+            part = by_block @ here[:, :, row : row + width]
             products = part if products is None else products + part
             row += width
-        scores = xp.astype(
-            xp.reshape(products, (absorbed.shape[0], end - first, -1)), offsets.dtype
-        )
+        products = xp.reshape(products, (absorbed.shape[0], n_here + n_missing, -1))[:, :n_here]
+        scores = xp.astype(products, offsets.dtype)
         scores = xp.reshape(scores - offsets[:, None], (*scores.shape[:2], n_kv_heads, -1))
         found.append(xp.max(scores, axis=-1))
     together = found[0] if len(found) == 1 else xp.concat(found, axis=1)

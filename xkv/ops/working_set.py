@@ -209,6 +209,7 @@ def weigh_rows(
     weights = xp.softmax(xp.concat([scores, totals], axis=-1), -1)
     weights, raised = raised_weights(backend, weights, beside.dtype)
     taken, on_rows = take_rows(backend, latent, rows), weights[..., :-1]
+    taken = taken.astype(backend, weights.dtype)
     sums = [on_rows @ piece.unpack(backend, weights.dtype) for _, piece in taken.pieces()]
     found = [sums[0] if len(sums) == 1 else xp.concat(sums, axis=-1)]
     found.append(xp.reshape(beside, (*scores.shape[:3], -1)) * weights[..., -1:])
