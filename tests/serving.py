@@ -84,10 +84,10 @@ class Server:
         return self.request("/xkv/memory")[1]
 
     def settled_memory(self) -> dict[str, Any]:
-        """The report once the last request's cache is kept or dropped, and it is counted."""
+        """The report once what clients have left is over."""
         while (report := self.memory())["reserved_bytes"] or report["requests"]["running"]:
             time.sleep(0.05)
-        # a client has its answer a moment before its cache is kept, by the thread that counts this
+        # by the thread that let go of it
         messages = [{"role": "user", "content": "a"}]
         self.request("/v1/messages/count_tokens", {"model": "default_model", "messages": messages})
         return self.memory()

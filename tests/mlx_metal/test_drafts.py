@@ -148,7 +148,7 @@ def test_the_server_counts(path: Path, tmp_path: Path) -> None:
         }
         for _ in range(2):
             assert text_of(chat(server)) == ANSWER
-        counts = server.settled_memory()["drafts"]
+        counts = server.memory()["drafts"]
     assert counts["answers"] == 2 and counts["acceptance"] == 1 and counts["decode_tps"] > 0
     assert counts["drafted"] == counts["accepted"] > 4
     lines = [x for x in (tmp_path / "log").read_text().splitlines() if "Drafts: " in x]

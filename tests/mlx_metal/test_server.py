@@ -67,7 +67,7 @@ def test_chat_turns_and_other_questions_reuse_the_compressed_prompt(server: Serv
     answer = server.ask(question(DOCUMENT))
     assert text_of(answer) == first.answer
     assert cached_tokens(answer) == 0
-    report = server.settled_memory()
+    report = server.memory()
     assert report["sequences"] == 1
     assert report["ratio"] > 2
     again = server.ask(question(DOCUMENT))
@@ -78,7 +78,7 @@ def test_chat_turns_and_other_questions_reuse_the_compressed_prompt(server: Serv
     other = server.ask(question(DOCUMENT, 1))
     assert text_of(other) == second.answer
     assert 1200 < cached_tokens(other) < other.usage.prompt_tokens
-    both = server.settled_memory()
+    both = server.memory()
     assert both["sequences"] == 2
     assert both["dense_bytes"] > 1.9 * report["dense_bytes"]
     assert both["held_bytes"] < 1.5 * report["held_bytes"]
@@ -86,7 +86,7 @@ def test_chat_turns_and_other_questions_reuse_the_compressed_prompt(server: Serv
 
 @pytest.mark.parametrize("is_stream", [True, False])
 def test_disconnect_in_prefill_drops_the_request(server: Server, is_stream: bool) -> None:
-    before = server.settled_memory()
+    before = server.memory()
     content = question(make_document(20 + is_stream, 1500))
     body = {"messages": [{"role": "user", "content": content}], "stream": is_stream}
     connection = server.post(json.dumps(body).encode())
@@ -181,14 +181,14 @@ def test_unknown_paths_and_models_are_answered_404(server: Server) -> None:
 def test_request_that_cannot_fit_is_refused_before_prefill(
     server: Server, n_tokens: int, max_tokens: int
 ) -> None:
-    before = server.settled_memory()
+    before = server.memory()
     content = question(make_document(30, n_tokens))
     with pytest.raises(
         openai.BadRequestError, match=r"--prompt-cache-bytes allows 18\.0 MB"
     ) as raised:
         server.ask(content, max_tokens=max_tokens)
     assert raised.value.code == "context_length_exceeded"
-    after = server.settled_memory()
+    after = server.memory()
     # what the request before it left to Python's collector may be freed in between
     assert after.pop("active_memory_bytes") <= before.pop("active_memory_bytes") + SLACK_BYTES
     for report in (before, after):
@@ -200,7 +200,7 @@ def test_request_that_cannot_fit_is_refused_before_prefill(
 def test_cached_and_active_bytes_stay_under_the_cap(server: Server) -> None:
     for seed in range(40, 48):
         server.ask(question(make_document(seed, 900)), max_tokens=4)
-        report = server.settled_memory()
+        report = server.memory()
         assert report["held_bytes"] <= LIMIT_BYTES
         assert report["active_memory_bytes"] - report["model_bytes"] < LIMIT_BYTES + SLACK_BYTES
     assert 3 <= report["sequences"] < 8

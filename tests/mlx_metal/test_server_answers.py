@@ -65,14 +65,14 @@ def test_answer_ends_before_the_stop_string(
 
 def test_stop_string_ends_the_generation_and_keeps_its_cache(server: Server) -> None:
     message = {"role": "user", "content": "Greta hid blue candles. What did Greta do?"}
-    before = server.settled_memory()["tokens"]
+    before = server.memory()["tokens"]
     options = {"messages": [message], "stop": "hid", "max_tokens": 2000, "logit_bias": NO_END}
     answer = chat(server, **options)
     assert text_of(answer) == "Greta "
     usage = answer["usage"]
     assert usage["completion_tokens"] < 4
     # a batch keeps the prompt only
-    kept = server.settled_memory()["tokens"] - before
+    kept = server.memory()["tokens"] - before
     assert usage["prompt_tokens"] - 1 <= kept <= usage["total_tokens"]
 
 

@@ -214,9 +214,9 @@ def test_tool_is_called_and_its_result_read(server: Server, client: anthropic.An
 
 def test_count_is_the_prompt_of_the_answer(server: Server, client: anthropic.Anthropic) -> None:
     options: Any = {"model": "default_model", "messages": [*MESSAGES], "system": "Count this."}
-    before = server.settled_memory()["sequences"]
+    before = server.memory()["sequences"]
     count = client.messages.count_tokens(**options).input_tokens
-    assert server.settled_memory()["sequences"] == before
+    assert server.memory()["sequences"] == before
     assert n_prompt(ask(client, **options)) == count
     # a prompt that could not be answered can be counted
     content = make_document(3, 20_000).text

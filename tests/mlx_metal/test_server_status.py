@@ -81,7 +81,7 @@ def rows_of(browser: Browser) -> list[list[str]]:
 def test_browser_shows_what_the_report_says(server: Server, browser: Browser) -> None:
     chat(server)
     chat(server)
-    report = server.settled_memory()
+    report = server.memory()
     url = f"http://127.0.0.1:{server.port}/xkv"
     browser.open(url)
     requests, rows = report["requests"], rows_of(browser)
@@ -112,7 +112,7 @@ def test_page_renews_itself(server: Server, browser: Browser) -> None:
     assert browser.told("Page.loadEventFired")
     browser.events.clear()
     chat(server)
-    n_answered = server.settled_memory()["requests"]["answered"]
+    n_answered = server.memory()["requests"]["answered"]
     while not browser.told("Page.loadEventFired"):
         browser.evaluate("1")
         time.sleep(0.1)
@@ -176,7 +176,7 @@ def test_page_says_what_is_on_disk_and_when_a_prompt_was_used() -> None:
 
 def test_request_in_an_answer_runs_until_its_client_is_gone(server: Server) -> None:
     body = {"messages": MESSAGES, "max_tokens": 400, "logit_bias": {"2": -100}, "stream": True}
-    n_before = server.settled_memory()["requests"]["answered"]
+    n_before = server.memory()["requests"]["answered"]
     connection = server.post(json.dumps(body).encode())
     with connection, connection.makefile("rb") as lines:
         next(line for line in lines if line.startswith(b"data:"))
@@ -262,4 +262,4 @@ def test_requests_that_wait_are_told(server: Server) -> None:
             seen.add((requests["running"], requests["waiting"]))
             time.sleep(0.02)
     assert (1, 2) in seen
-    assert server.settled_memory()["requests"]["waiting"] == 0
+    assert server.memory()["requests"]["waiting"] == 0

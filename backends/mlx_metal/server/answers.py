@@ -49,7 +49,10 @@ class Answers:
         self._stops = StopText(args.stop_words)
         self._has_logprobs = args.logprobs or args.top_logprobs > 0
         self._tokenizer = tokenizer
-        self._is_done = False
+        self.is_done = False
+        """Whether nothing more comes."""
+        self._is_held = False
+        """The end is there, and not sent on."""
         self.context: Any = None
         self.is_alone = False
         """Whether the request is served by itself, so that its prefill can be ended."""
@@ -63,7 +66,7 @@ class Answers:
         return self.context is not None and self.context._should_stop
 
     def put(self, item: Any) -> None:
-        """Send an item on.
+        """Send an item on; the end of an answer waits for :meth:`send_end`.
 
         Raises:
             ClientGone: If it is the progress of a prefill that nobody waits for.
@@ -71,9 +74,12 @@ class Answers:
         is_end = item is None or isinstance(item, Exception)
         if is_end:
             self.need = RequestBytes()
-        if self._is_done:
+        if self.is_done:
             return
-        self._is_done = is_end
+        self.is_done = is_end
+        if item is None:
+            self._is_held = True
+            return
         if isinstance(item, mlx_server.GenerationContext):
             self.context = item
             if item.tool_parser is not None:
@@ -90,7 +96,12 @@ class Answers:
             _forget_frames(item)
         self._queue.put(item)
         if self._stops.is_found:
-            self._is_done = True
+            self.is_done = self._is_held = True
+
+    def send_end(self) -> None:
+        """Send the end on, if it is there: what the answer leaves is kept by now, and counted."""
+        if self._is_held:
+            self._is_held = False
             self._queue.put(None)
 
     def _cut(self, response: Any) -> Answer:

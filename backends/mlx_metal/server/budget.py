@@ -111,6 +111,8 @@ class PromptCache(mlx_cache.LRUPromptCache):  # type: ignore[name-defined]
         """Gives what the requests being answered take at most, together."""
         self.active: Callable[[], Mapping[int, int]] = dict
         """Gives the bytes of each array that they hold by now, by identity."""
+        self.after_keeping: Callable[[], Any] = lambda: None
+        """Called once a request's cache is kept, or dropped."""
 
     @property
     def reserved(self) -> RequestBytes:
@@ -184,6 +186,7 @@ class PromptCache(mlx_cache.LRUPromptCache):  # type: ignore[name-defined]
         if tokens and is_at(prompt_cache, len(tokens)):
             self._keep(model, tokens, prompt_cache, **kwargs)
         self._make_room({}, self.reserved)
+        self.after_keeping()
 
     def _keep(self, model: Any, tokens: list[int], prompt_cache: list[Any], **kwargs: Any) -> None:
         super().insert_cache(model, tokens, prompt_cache, **kwargs)

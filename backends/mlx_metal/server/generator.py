@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -54,8 +53,9 @@ class Generator(mlx_server.ResponseGenerator):  # type: ignore[name-defined]
         self._starting: Answers | None = None
         """The request that is about to run, in a batch or alone."""
         self._batches: Batches | None = None
-        self._open: weakref.WeakSet[Answers] = weakref.WeakSet()
+        self._open: set[Answers] = set()
         prompt_cache.needed, prompt_cache.active = self._needed, self._active
+        prompt_cache.after_keeping = self._send_ends
         super().__init__(model_provider, prompt_cache)
 
     def generate(self, request: Any, generation_args: Any, *args: Any) -> Any:
@@ -93,6 +93,7 @@ class Generator(mlx_server.ResponseGenerator):  # type: ignore[name-defined]
                 while self._is_cut_off():
                     pass
         finally:
+            self._send_ends()
             prompt_cache.close()
 
     def _is_cut_off(self) -> bool:
@@ -129,7 +130,17 @@ class Generator(mlx_server.ResponseGenerator):  # type: ignore[name-defined]
     def _active(self) -> dict[int, int]:
         return {} if self._batches is None else self._batches.arrays()
 
+    def _send_ends(self) -> None:
+        """Let clients know of answers that have ended, and are out of the batch."""
+        running = set() if self._batches is None else set(self._batches.answers.values())
+        for answers in self._open - running:
+            answers.send_end()
+            if answers.is_done or answers.is_left:
+                self._open.remove(answers)
+
     def _next_request(self, *args: Any, **kwargs: Any) -> Any:
+        # whatever kept one from being kept
+        self._send_ends()
         if self._held is None:
             self._held = self._taken(super()._next_request(*args, **kwargs))
         if self._held is None or self._waits(*self._held):

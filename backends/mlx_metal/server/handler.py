@@ -65,6 +65,8 @@ class _Client:
             if answer.entry is not None:
                 self._entries.append(answer.entry)
             yield answer
+        # before the client has all of it
+        self.served.end()
 
     def take_entries(self) -> list[dict[str, Any]]:
         """Log probabilities of the tokens since the last call."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,9 +14,14 @@ _N_LAST = 20
 
 
 class Served:
-    """One request, from when it is waited for to the end of its answer."""
+    """One request, from when it is waited for to the end of its answer.
 
-    def __init__(self) -> None:
+    Args:
+        on_end: Called with it then, and perhaps again.
+    """
+
+    def __init__(self, on_end: Callable[[Served], None] = lambda served: None) -> None:
+        self._on_end = on_end
         self.context: Any = None
         """mlx-lm's, once the prompt is taken."""
         self.n_tokens = 0
@@ -32,6 +37,10 @@ class Served:
         self._last = time.monotonic()
         if self.n_tokens == 1:
             self._first = self._last
+
+    def end(self) -> None:
+        """The answer is complete."""
+        self._on_end(self)
 
     @property
     def n_prompt(self) -> int:
@@ -66,14 +75,18 @@ class Traffic:
 
     @contextmanager
     def request(self) -> Iterator[Served]:
-        """A request, until the end of the block; it counts if its prompt was taken."""
-        served = Served()
+        """A request, until it ends, or else the block; it counts if its prompt was taken."""
+        served = Served(self._end)
         with self._lock:
             self._open.add(served)
         try:
             yield served
         finally:
-            with self._lock:
+            served.end()
+
+    def _end(self, served: Served) -> None:
+        with self._lock:
+            if served in self._open:
                 self._open.remove(served)
                 if served.context is not None:
                     self._count(served)
