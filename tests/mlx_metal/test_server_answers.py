@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from queue import Queue
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.serving import ANSWER, MESSAGES, Server, chat, text_of
+from xkv.backends.mlx_metal.server.answers import Answers
 from xkv.backends.mlx_metal.server.stops import StopText
 
 NO_END = {"2": -100}
@@ -74,6 +77,22 @@ def test_stop_string_ends_the_generation_and_keeps_its_cache(server: Server) -> 
     # a batch keeps the prompt only
     kept = server.memory()["tokens"] - before
     assert usage["prompt_tokens"] - 1 <= kept <= usage["total_tokens"]
+
+
+def test_end_is_sent_once_and_only_when_it_is_there() -> None:
+    queue: Queue[Any] = Queue()
+    wanted = SimpleNamespace(stop_words=[], logprobs=False, top_logprobs=0)
+    answers = Answers(queue, wanted, lambda: None)
+    answers.send_end()
+    answers.put((3, 5))
+    assert queue.get_nowait() == (3, 5)
+    answers.put(None)
+    assert queue.empty()
+    assert answers.is_done
+    answers.send_end()
+    answers.send_end()
+    assert queue.get_nowait() is None
+    assert queue.empty()
 
 
 @example(["ab", "x"], ["abc", "b"])

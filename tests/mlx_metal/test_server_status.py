@@ -230,6 +230,8 @@ def test_speeds_are_of_what_was_computed(clock: list[float]) -> None:
         for _ in range(5):
             served.token()
             clock[0] += 0.5
+        served.end()
+        assert (traffic.report()["running"], traffic.report()["answered"]) == (0, 1)
     assert traffic.report() == {
         "running": 0,
         "waiting": 0,
