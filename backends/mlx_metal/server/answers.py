@@ -50,7 +50,7 @@ class Answers:
         self._has_logprobs = args.logprobs or args.top_logprobs > 0
         self._tokenizer = tokenizer
         self.is_done = False
-        """Whether nothing more comes."""
+        """Whether nothing more comes, but an end that is held."""
         self._is_held = False
         """The end is there, and not sent on."""
         self.context: Any = None
