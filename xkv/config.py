@@ -35,11 +35,16 @@ def buffer_rows(n_rows: int) -> int:
     return -(-(n_rows + n_rows // 16) // ROW_STEP) * ROW_STEP
 
 
-REBUILT = 256
-"""Rows that a step rebuilds for each KV head, where no budget is given.
+ATTENDED = 352
+"""Stored rows that a step attends to for each KV head, at least, where no budget is given."""
+MIN_REBUILT, MAX_REBUILT = 128, 256
+"""How many of them it rebuilds, at least and at most; the others are kept.
 
 What more of them are worth, and cost: docs/measured.md.
 """
+
+KEPT_IN_ROW = 1.75
+"""Rows of 64 features and more that a working set keeps, in 8 bits, in the bytes of one of 16."""
 
 MAX_KEPT = 2048
 """Rows of a working set, at most."""
@@ -91,7 +96,7 @@ class XKVConfig:
         attention: ``auto`` attends to the stored rows that matter most, where there are more than a
             step is worth; ``exact`` to every one.
         budget: Stored rows that a decode step attends to, kept and rebuilt ones together; None
-            rebuilds 256 beside those that are kept.
+            rebuilds up to 256 beside those that are kept, and at least 128.
         kept_share: Share of the bytes held that the working set's kept rows may take.
         power_iterations: Subspace iterations of a prompt's factorization.
         seed: Seed of its random start.
@@ -195,7 +200,8 @@ class XKVConfig:
     def layout(self, n_tokens: int) -> Layout:
         """Which of a prompt's rows are stored, and how many are kept in each working set."""
         n_rows = n_tokens - self.sinks - self.window_at(n_tokens)
-        n_kept = int(n_tokens * self.kept_share / (self.compression or USUAL_COMPRESSION))
+        share = self.kept_share * KEPT_IN_ROW / (self.compression or USUAL_COMPRESSION)
+        n_kept = int(n_tokens * share)
         n_kept = min(n_kept, MAX_KEPT, max(n_rows, 0))
         if self.budget is not None:
             n_kept = min(n_kept, self.budget * 7 // 8)
@@ -208,6 +214,9 @@ class XKVConfig:
             n_rows: Of the segment.
             n_kept: Those that the working set holds.
         """
-        n_rebuilt = REBUILT if self.budget is None else max(self.budget - n_kept, 1)
+        if self.budget is None:
+            n_rebuilt = min(max(ATTENDED - n_kept, MIN_REBUILT), MAX_REBUILT)
+        else:
+            n_rebuilt = max(self.budget - n_kept, 1)
         is_all = self.attention == "exact" or n_rows <= n_kept + n_rebuilt
         return None if is_all else n_rebuilt

@@ -14,6 +14,7 @@ from xkv.backends.mlx_metal.kernels import (
     choose_rows,
     common,
     index_scores,
+    pack_rows,
     query_terms,
     rebuild_rows,
     weigh_rows,
@@ -143,6 +144,9 @@ class MLXBackend(Backend):
         at = at[..., None] if x.ndim > at.ndim else at
         return mx.put_along_axis(x, at, values.astype(x.dtype), axis=2)
 
+    def add_product(self, x: Array, left: Array, right: Array) -> Array:
+        return mx.addmm(x, left, right)
+
     def together(self, x: Array, others: Sequence[Array]) -> Array:
         return mx.depends([x], list(others))[0]
 
@@ -161,6 +165,9 @@ class MLXBackend(Backend):
     def reset_peak_memory(self) -> None:
         mx.reset_peak_memory()
 
+    def pack_rows(self, keys: Array, values: Array) -> tuple[Array, Array]:
+        return self.kernels.run("pack_rows", pack_rows.KERNEL, super().pack_rows, keys, values)
+
     def rebuild_rows(self, stored: Stored, rows: Array) -> Array:
         return self.kernels.run(
             "rebuild_rows", rebuild_rows.KERNEL, super().rebuild_rows, stored, rows
@@ -172,13 +179,12 @@ class MLXBackend(Backend):
         kept_rows: Array | None,
         n_rebuilt: int,
         n_swapped: int,
-        first_slot: int,
     ) -> Choice:
         return self.kernels.run(
             "choose_rows",
             choose_rows.KERNEL,
             super().choose_rows,
-            *(worth, kept_rows, n_rebuilt, n_swapped, first_slot),
+            *(worth, kept_rows, n_rebuilt, n_swapped),
         )
 
     def rebuild_keys(self, stored: Stored, rows: Array, queries: Array) -> tuple[Array, Array]:

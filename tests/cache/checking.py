@@ -90,11 +90,12 @@ class Checking:
         """Numbers of a working set's rows; they go into all rows as the slots hold them."""
         if not rows.n_kept:
             return []
-        numbers = np.array(self.backend.to_numpy(rows.kept_rows))
-        slots = slice(rows.start, rows.start + rows.n_kept)
-        for all_rows, buffer in ((keys, rows.keys), (values, rows.values)):
-            held = self.backend.to_numpy(buffer.rows)[..., slots, :]
-            np.put_along_axis(all_rows, numbers[..., None] + rows.start, held, axis=2)
+        assert rows.slots is not None
+        numbers = np.array(self.backend.to_numpy(rows.slots.rows))
+        for all_rows, held in ((keys, rows.slots.keys), (values, rows.slots.values)):
+            kept = held(self.backend, keys.shape[-1], self.backend.xp.float32)
+            at = numbers[..., None] + rows.start
+            np.put_along_axis(all_rows, at, self.backend.to_numpy(kept), axis=2)
         return [numbers]
 
     def check_chosen(self, layer_idx: int, rows: LayerRows, chosen: list[np.ndarray]) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.cache.conversation import WIDTH, Conversation
 from xkv import load_backend
+from xkv.cache.rows import LayerRows
 from xkv.checks.invariants import broken_invariants
 
 
@@ -59,11 +60,12 @@ def test_a_working_set_grows_with_the_segment(backend):
     talk.say(402)
     talk.reply(1)
     first = talk.cache.layers[0]
-    assert first.rows.n_kept == 402 // 16
-    numbers = backend.to_numpy(first.rows.kept_rows)
-    np.testing.assert_array_equal(numbers[0, 0], np.arange(384 - 25, 384))
+    # half of an eighth of the rows, and 7 in the bytes of 4
+    assert first.rows.n_kept == 402 * 7 // 64
+    numbers = backend.to_numpy(first.rows.slots.rows)
+    np.testing.assert_array_equal(numbers[0, 0], np.arange(384 - 43, 384))
     talk.reply(120)
-    assert first.rows.n_segment // 16 < first.rows.n_kept <= first.offset // 16
+    assert first.rows.n_segment * 7 // 64 < first.rows.n_kept <= first.offset * 7 // 64
     assert broken_invariants(talk.cache) == []
 
 
@@ -83,11 +85,11 @@ def test_slots_hold_no_row_that_was_cut_off(backend):
     talk = Conversation(backend, rank_k=12, rank_v=12, kept_share=0.5, budget=80)
     talk.say(402)
     talk.reply(1)
-    for n_left, n_kept in ((380, 25), (200, 25), (30, 25), (20, 18)):
+    for n_left, n_kept in ((380, 43), (200, 43), (50, 43), (20, 18)):
         talk.trim_to(n_left)
         rows = talk.cache.layers[0].rows
         assert rows.n_kept == n_kept
-        assert backend.to_numpy(rows.kept_rows).max() == rows.n_segment - 1
+        assert backend.to_numpy(rows.slots.rows).max() == rows.n_segment - 1
         assert broken_invariants(talk.cache) == []
     assert talk.error() < 1e-4
 
@@ -98,11 +100,17 @@ def test_a_slot_that_holds_another_row_than_it_names_is_noticed(backend):
     talk.say(402)
     talk.reply(1)
     layer = talk.cache.layers[0]
-    rows, numbers = layer.rows, np.array(backend.to_numpy(layer.rows.kept_rows))
+    rows, slots = layer.rows, layer.rows.slots
+    numbers = np.array(backend.to_numpy(slots.rows))
+
+    def naming(others: np.ndarray) -> LayerRows:
+        return rows._replace(slots=slots._replace(rows=backend.from_numpy(others)))
+
     faults = {
-        "another row": rows._replace(kept_rows=backend.from_numpy(numbers - 1)),
-        "kept twice": rows._replace(kept_rows=backend.from_numpy(numbers * 0 + numbers[..., :1])),
+        "another row": naming(numbers - 1),
+        "kept twice": naming(numbers * 0 + numbers[..., :1]),
         "none of the segment": rows._replace(n_segment=rows.n_segment - 1),
+        "of 42 slots": rows._replace(n_kept=42),
     }
     for sentence, fault in faults.items():
         layer.rows = fault
@@ -115,10 +123,11 @@ def test_a_latent_trimmed_to_less_than_half_is_freed(backend):
     talk = Conversation(backend, rank_k=12, rank_v=12)
     talk.say(402)
     talk.reply(1)
-    before = talk.cache.held_bytes()
+    group = talk.cache.groups[0]
+    before = sum(x.nbytes for x in group.arrays())
     talk.trim_to(102)
     talk.reply(1)
-    assert talk.cache.held_bytes() < 0.5 * before
+    assert sum(x.nbytes for x in group.arrays()) < 0.5 * before
     assert talk.error() < 1e-4
 
 

@@ -8,7 +8,6 @@ import pytest
 
 from xkv import InputError, load_backend
 from xkv.checks.decode_step import BUNDLED, LLAMA_8B, SMOLLM2, DecodeStep, time_alternating
-from xkv.ops.attention import Dense
 from xkv.store.shapes import GroupShape
 
 SMALL = replace(LLAMA_8B, model=replace(LLAMA_8B.model, n_heads=8, group=GroupShape(4, 2, 64, 64)))
@@ -28,22 +27,26 @@ def test_forms_agree_where_they_attend_to_every_row(shape, backend_name):
     assert DecodeStep(backend, shape, 700).parity() is None
 
 
+def change_slots(step, **changes):
+    step.dense = step.dense._replace(slots=step.dense.slots._replace(**changes))
+
+
 def empty_the_slots(step):
-    step.dense = Dense(step.dense.keys, 0 * step.dense.values)
+    change_slots(step, scales=0 * step.dense.slots.scales)
 
 
 def name_other_rows(step):
-    step.kept_rows = step.kept_rows - 1
+    change_slots(step, rows=step.dense.slots.rows - 1)
 
 
-def lose_the_swapped_values(step):
+def lose_the_swapped_rows(step):
     """Only a second step sees it."""
     swapped = step.working_set
 
     def working_set(n_rebuilt=None):
-        held = step.dense.values
+        held = step.dense.slots.numbers
         found = swapped(n_rebuilt)
-        step.dense = Dense(step.dense.keys, held)
+        change_slots(step, numbers=held)
         return found
 
     step.working_set = working_set
@@ -54,7 +57,7 @@ def lose_the_swapped_values(step):
     [
         (empty_the_slots, "working set differs"),
         (name_other_rows, "working set differs"),
-        (lose_the_swapped_values, "working set after its swaps differs"),
+        (lose_the_swapped_rows, "working set after its swaps differs"),
     ],
 )
 def test_parity_sees_a_planted_fault(mlx_backend, fault, words):
@@ -67,11 +70,12 @@ def test_parity_sees_a_planted_fault(mlx_backend, fault, words):
 def test_steps_keep_their_shapes_and_say_what_they_move(reference):
     step = DecodeStep(reference, SMALL, 2500)
     layout = step.config.layout(2500)
-    assert step.dense.keys.shape[-2] == 2500 - layout.n_rows + layout.n_kept
+    assert step.dense.keys.shape[-2] == 2500 - layout.n_rows
     for _ in range(2):
-        output, keys, values, kept = step.working_set()
+        output, numbers, scales, kept = step.working_set()
         assert output.shape == (1, 8, 1, 64)
-        assert keys.shape == values.shape == step.dense.keys.shape
+        assert numbers.shape == (1, 2, layout.n_kept, 128)
+        assert scales.shape == (1, 2, layout.n_kept, 2)
         # distinct rows of the store
         for row in kept.reshape(-1, layout.n_kept).tolist():
             assert len(set(row)) == layout.n_kept and min(row) >= 0 and max(row) < layout.n_rows
@@ -82,9 +86,9 @@ def test_steps_keep_their_shapes_and_say_what_they_move(reference):
 
 def test_swaps_bring_in_rows_that_are_worth_more(reference):
     step = DecodeStep(reference, SMALL, 2500)
-    before = step.kept_rows.clone()
+    before = step.dense.slots.rows.clone()
     step.working_set()
-    assert not (step.kept_rows == before).all()
+    assert not (step.dense.slots.rows == before).all()
 
 
 def test_budget_is_what_is_kept_and_rebuilt(reference):

@@ -79,7 +79,7 @@ def step(model, layers, token, held):
     to_numpy(logits)
     for index, sets in held.items():
         rows = layers[index].rows
-        sets.append([set((x + rows.start).tolist()) for x in to_numpy(rows.kept_rows)[0]])
+        sets.append([set((x + rows.start).tolist()) for x in to_numpy(rows.slots.rows)[0]])
     return logits
 
 

@@ -12,8 +12,6 @@ from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.kernels import choose_rows
 from xkv.ops import working_set
 
-FIRST_SLOT = 5
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -99,22 +97,22 @@ def draw(choice: Choice) -> tuple[Any, ...]:
     random = np.random.default_rng(choice.n_rows)
     worth = draw_worth(choice, random)
     kept = mx.array(draw_kept(choice, worth, random)) if choice.n_kept else None
-    return mx.array(worth), kept, choice.n_rebuilt, choice.n_swapped, FIRST_SLOT
+    return mx.array(worth), kept, choice.n_rebuilt, choice.n_swapped
 
 
 def together(chosen: working_set.Choice) -> np.ndarray:
-    """Rows, then slots, then places; those that enter are the first rows, or they are -1."""
+    """Rows, then slots; those that enter are the first rows, or they are -1."""
     rows, *swaps = (np.array(x) for x in chosen if x is not None)
     if not swaps:
         return rows
-    entering, slots, places = swaps
+    entering, slots = swaps
     if not np.array_equal(entering, rows[..., : entering.shape[-1]]):
         rows = rows * 0 - 1
-    return np.concatenate([rows, slots, places], axis=-1)
+    return np.concatenate([rows, slots], axis=-1)
 
 
 def expected(
-    worth: mx.array, kept_rows: mx.array | None, n_rebuilt: int, n_swapped: int, first_slot: int
+    worth: mx.array, kept_rows: mx.array | None, n_rebuilt: int, n_swapped: int
 ) -> np.ndarray:
     """By stable sorts."""
     scores, kept = np.array(worth), None if kept_rows is None else np.array(kept_rows)
@@ -125,7 +123,7 @@ def expected(
             rows = np.setdiff1d(rows, kept[head])
             slots = np.argsort(scores[head][kept[head]], kind="stable")[:n_swapped]
         best = rows[np.argsort(-scores[head][rows], kind="stable")[:n_rebuilt]]
-        found.append(np.concatenate([best, slots, slots + first_slot]))
+        found.append(np.concatenate([best, slots]))
     return np.array(found).reshape(*scores.shape[:2], -1)
 
 
@@ -133,11 +131,11 @@ def is_possible(got: np.ndarray, choice: Choice, kept_rows: mx.array) -> bool:
     """Whether rows and slots are distinct ones that there are, and no row is kept."""
     n_rebuilt, n_swapped = choice.n_rebuilt, choice.n_swapped
     for head in np.ndindex(*got.shape[:2]):
-        rows, slots, places = np.split(got[head], [n_rebuilt, n_rebuilt + n_swapped])
+        rows, slots = np.split(got[head], [n_rebuilt])
         others = np.setdiff1d(np.arange(choice.n_rows), np.array(kept_rows)[head])
         is_some = np.isin(rows, others).all() and np.isin(slots, np.arange(choice.n_kept)).all()
         is_once = len(np.unique(rows)) == n_rebuilt and len(np.unique(slots)) == n_swapped
-        if not (is_some and is_once and np.array_equal(places, slots + FIRST_SLOT)):
+        if not (is_some and is_once):
             return False
     return True
 

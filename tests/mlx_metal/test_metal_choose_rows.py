@@ -116,18 +116,18 @@ def test_choose_rows_does_not_depend_on_the_schedule(emulated, schedule, choice)
 def with_sizes(n_rows: int = 300, n_kept: int = 20, n_rebuilt: int = 9, n_swapped: int = 2) -> Any:
     """Arguments of zeros."""
     kept = mx.zeros((1, 1, n_kept), mx.int32)
-    return mx.zeros((1, 1, n_rows)), kept, n_rebuilt, n_swapped, 0
+    return mx.zeros((1, 1, n_rows)), kept, n_rebuilt, n_swapped
 
 
 REFUSED = {
-    "float16": ((mx.zeros((1, 1, 9), mx.float16), None, 1, 0, 0), "float32, not float16"),
+    "float16": ((mx.zeros((1, 1, 9), mx.float16), None, 1, 0), "float32, not float16"),
     "no-rows": (with_sizes(n_rebuilt=0), "1 to 1024 rows, not 0"),
     "many-rows": (with_sizes(n_rows=9999, n_rebuilt=1025), "1 to 1024 rows, not 1025"),
     "many-kept": (with_sizes(n_rows=9999, n_kept=2049), "up to 2048 kept rows, not 2049"),
     "few-others": (with_sizes(n_rows=28), "choose 9 of 8 rows that are not kept"),
     "few-kept": (with_sizes(n_swapped=21), "choose 21 of 20 kept rows"),
     "few-entering": (with_sizes(n_swapped=10), "10 of 9 rows cannot enter"),
-    "none-kept": ((mx.zeros((1, 1, 9)), None, 1, 1, 0), "choose 1 of 0 kept rows"),
+    "none-kept": ((mx.zeros((1, 1, 9)), None, 1, 1), "choose 1 of 0 kept rows"),
     "few-numbers": (with_sizes(n_rows=7, n_kept=1, n_rebuilt=1, n_swapped=1), "or more, not 7"),
 }
 

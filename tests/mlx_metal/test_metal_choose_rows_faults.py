@@ -44,7 +44,6 @@ FAULTS = {
     "a-run-too-few": (FEW, SOURCE, "n_rebuilt, runs", "n_rebuilt - 1, runs"),
     "a-run-not-looked-at": (FEW, SOURCE, "n_best * RUN", "(n_best - 1) * RUN"),
     "numbers-of-runs": (SMALL, SOURCE, "rows.row(found[thread_index])", "found[thread_index]"),
-    "place-of-the-first-slot": (SMALL, SOURCE, " + first_slot", ""),
     "best-slots": (SMALL, HEADER, "~key_of(w", "key_of(w"),
     "negative-upside-down": (SMALL, HEADER, "? ~bits", "? bits"),
     "zero-above-zero": (replace(TIES, scores="signed-zeros"), HEADER, "x == 0.0f ? 0.0f : x", "x"),

@@ -21,7 +21,7 @@ from xkv.ops.working_set import attend_set
 
 DECODING = (
     *("attend_dense", "query_terms", "absorbed_queries", "index_scores", "choose_rows"),
-    *("rebuild_keys", "rebuild_rows keys", "rebuild_rows values", "weigh_rows"),
+    *("pack_rows", "rebuild_keys", "rebuild_rows keys", "rebuild_rows values", "weigh_rows"),
     *("attend_all", "attend_set"),
 )
 
@@ -51,7 +51,8 @@ def shift_position(x: DecodeInputs) -> DecodeInputs:
 
 
 def drop_last_dense_row(x: DecodeInputs) -> DecodeInputs:
-    return replace(x, dense=Dense(x.dense.keys[..., :-1, :], x.dense.values[..., :-1, :]))
+    keys, values = (rows[..., :-1, :] for rows in x.dense[:2])
+    return replace(x, dense=x.dense._replace(keys=keys, values=values))
 
 
 def use_wrong_kv_head(x: DecodeInputs) -> DecodeInputs:
@@ -82,26 +83,26 @@ def test_planted_fault_exceeds_the_bound_tenfold(
     assert error > 10 * PLAIN_TOLERANCE["float32"]
 
 
-def whole(backend: Backend, x: DecodeInputs) -> tuple[Any, Any]:
-    """Keys and values of every row: those of the segment, then dense ones but for the slots."""
-    n = x.case.n_kept
-    pairs = ((x.segment.keys, x.dense.keys), (x.segment.values, x.dense.values))
-    return tuple(
-        backend.xp.concat([rebuild_all(backend, stored), rows[..., n:, :]], axis=-2)
-        for stored, rows in pairs
-    )
+def whole(backend: Backend, x: DecodeInputs, with_slots: bool = True) -> tuple[Any, Any]:
+    """Keys and values of every row: those of the segment, as slots hold them, then dense ones."""
+    found, slots = [], x.dense.slots
+    for name, stored in zip(("keys", "values"), x.segment, strict=True):
+        rows = rebuild_all(backend, stored)
+        if with_slots and slots is not None:
+            kept = getattr(slots, name)(backend, x.case.head_dim, rows.dtype)
+            rows = backend.put_along(rows, slots.rows, kept)
+        found.append(backend.xp.concat([rows, getattr(x.dense, name)], axis=-2))
+    return tuple(found)
 
 
 @pytest.mark.parametrize("case", [x for x in CASES if x.n_queries == 1], ids=str)
 def test_attention_is_attention_over_the_rebuilt_rows(reference, case):
     x = make_inputs(reference, case, "float32", exact=True)
-    want = reference.to_numpy(reference.attention(x.queries, *whole(reference, x), x.scale, None))
-    rest = Dense(*(rows[..., case.n_kept :, :] for rows in x.dense[:2]))
-    for got in (
-        attend_all(reference, x.queries, x.segment, rest, x.scale),
-        OPERATIONS["attend_set"](reference, x, "float32"),
-    ):
-        assert relative_error(reference.to_numpy(got), want) < 1e-12
+    for name in ("attend_all", "attend_set"):
+        rows = whole(reference, x, with_slots=name == "attend_set")
+        want = reference.attention(x.queries, *rows, x.scale, None)
+        got = OPERATIONS[name](reference, x, "float32")
+        assert relative_error(*map(reference.to_numpy, (got, want))) < 1e-12
 
 
 def test_masked_rows_are_ignored(plain_mlx):
@@ -129,14 +130,14 @@ def test_sinks_take_their_part_of_each_heads_weights(name, run):
     backend = load_backend(name, kernels="off")
     x = make_inputs(backend, CASES[6], "float32")
     sinks = backend.from_numpy(np.linspace(-2, 5, 8).astype(np.float32))
-    rest = Dense(*(rows[..., x.case.n_kept :, :] for rows in x.dense[:2]))
+    given = backend, x.queries, x.segment, x.dense, x.scale
+    # before a step writes into the slots
+    rows = whole(backend, x, with_slots=run == "set")
     if run == "all":
-        got = attend_all(backend, x.queries, x.segment, rest, x.scale, sinks=sinks)
+        got = attend_all(*given, sinks=sinks)
     else:
-        n_rebuilt = x.case.n_rows - x.case.n_kept
-        given = backend, x.queries, x.segment, x.dense, x.scale, n_rebuilt, x.kept_rows, 0
-        got, _ = attend_set(*given, sinks=sinks)
-    keys, values = (np.repeat(backend.to_numpy(rows), 4, axis=1) for rows in whole(backend, x))
+        got, _ = attend_set(*given, x.case.n_rows - x.case.n_kept, sinks)
+    keys, values = (np.repeat(backend.to_numpy(each), 4, axis=1) for each in rows)
     scores = backend.to_numpy(x.queries) @ keys.swapaxes(-1, -2) * x.scale
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     nothing = np.exp(np.linspace(-2, 5, 8)[None, :, None, None] - scores.max(-1, keepdims=True))
@@ -162,22 +163,20 @@ def test_a_swap_brings_in_the_best_rows_for_the_worst(name):
     """Over some steps of one query, the slots come to hold the rows that it wants most."""
     backend = load_backend(name, kernels="off")
     x = make_inputs(backend, replace(CASES[0], n_rows=200, n_kept=24), "float32")
-    dense, kept = x.dense, x.kept_rows
+    slots = x.dense.slots
     for _ in range(12):
-        given = backend, x.queries, x.segment, dense, x.scale, 8, kept, 0
-        _, swap = attend_set(*given)
-        assert swap.slots.shape[-1] == 6
-        kept = backend.put_along(kept, swap.slots, swap.rows)
-        dense = Dense(
-            backend.put_along(dense.keys, swap.slots, swap.keys),
-            backend.put_along(dense.values, swap.slots, swap.values),
-        )
-    for stored, rows in ((x.segment.keys, dense.keys), (x.segment.values, dense.values)):
-        held = backend.take_along(rebuild_all(backend, stored), kept)
-        slots = backend.to_numpy(rows)[..., :24, :]
-        assert relative_error(slots, backend.to_numpy(held)) < 1e-5
+        before = set(backend.to_numpy(slots.rows)[0, 0].tolist())
+        dense = x.dense._replace(slots=slots)
+        _, slots = attend_set(backend, x.queries, x.segment, dense, x.scale, 8)
+        after = set(backend.to_numpy(slots.rows)[0, 0].tolist())
+        assert len(after - before) == 6
+    for name, stored in zip(("keys", "values"), x.segment, strict=True):
+        want = backend.take_along(rebuild_all(backend, stored), slots.rows)
+        held = getattr(slots, name)(backend, x.case.head_dim, want.dtype)
+        # half a step of 127
+        assert relative_error(*map(backend.to_numpy, (held, want))) < 0.01
     scores = backend.to_numpy(OPERATIONS["index_scores"](backend, x, "float32"))
-    for numbers, worth in zip(backend.to_numpy(kept)[0], scores[0], strict=True):
+    for numbers, worth in zip(backend.to_numpy(slots.rows)[0], scores[0], strict=True):
         assert len(set(numbers.tolist())) == 24
         best = np.argsort(-worth)
         assert set(best[:18]) <= set(numbers) <= set(best[:30])

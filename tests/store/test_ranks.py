@@ -59,7 +59,7 @@ def test_shorter_last_group_clamps_to_its_own_width():
     [
         ({}, 20, "20 tokens are not more than the 4 sinks and 16 window"),
         ({"compression": 16}, 128, "too few for a compression of 16"),
-        ({"compression": 16}, 512, "at most 12.1 can be reached"),
+        ({"compression": 16}, 512, "at most 11.2 can be reached"),
         ({"compression": 8, "latent_bits": 16, "window": 128}, 500, "too few for a compression"),
         ({"rank_k": 900, "rank_v": 900}, 300, "more memory than the full cache"),
     ],

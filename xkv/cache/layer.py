@@ -20,6 +20,7 @@ from xkv.ops.attention import (
 )
 from xkv.ops.backend import Backend
 from xkv.ops.scores import Dense, is_past
+from xkv.ops.slots import Slots
 from xkv.ops.types import Array, Segment, Stored
 from xkv.ops.working_set import SWAP_STEPS, attend_set
 from xkv.store.store import Store
@@ -84,7 +85,6 @@ class LayerView:
             return rows
         start = layer.start
         middle = self._rebuild(name, store, 0, layer.n_segment)
-        rows = self._without_slots(rows)
         return self.backend.xp.concat([rows[..., :start, :], middle, rows[..., start:, :]], axis=-2)
 
     def _rebuild(self, name: str, store: Store, start: int, end: int) -> Array:
@@ -92,14 +92,6 @@ class LayerView:
         dtype = getattr(self.rows, name).rows.dtype
         stored = self._stored(name, store, start, end, self.backend.step_dtype(dtype))
         return self.backend.xp.astype(rebuild_all(self.backend, stored), dtype)
-
-    def _without_slots(self, rows: Array) -> Array:
-        """Dense rows without the working set."""
-        layer = self.rows
-        if not layer.n_kept:
-            return rows
-        first, end = layer.start, layer.start + layer.n_kept
-        return self.backend.xp.concat([rows[..., :first, :], rows[..., end:, :]], axis=-2)
 
     def plain_rows(self, name: str, start: int, end: int) -> Array:
         """Dense rows of one layer, ``[B, L, n_kv_heads, dim]`` in float32 or wider, un-rotated.
@@ -114,7 +106,7 @@ class LayerView:
         # float32 before the inverse rotation: 16-bit keys would be rounded twice
         rows = xp.astype(rows, self.backend.accumulate_dtype(rows))
         if name == "keys":
-            position = start - layer.n_kept + layer.n_segment
+            position = start + layer.n_segment
             runs = layer.runs_between(position, position + end - start)
             rows = rope_rows(self.backend, rows, position, runs, inverse=True)
         rows = self.backend.own(xp.permute_dims(rows, (0, 2, 1, 3)))
@@ -161,12 +153,11 @@ class LayerView:
         if n_rebuilt is not None:
             n_tokens = layer.offset + (n_new is not None)
             is_swapping = (n_tokens + self.index) % SWAP_STEPS == 0
-            output, swap = attend_set(
-                *(backend, wide, segment, dense, scale, n_rebuilt),
-                *(layer.kept_rows, layer.start, sinks, is_swapping),
+            output, slots = attend_set(
+                backend, wide, segment, dense, scale, n_rebuilt, sinks, is_swapping
             )
-            if swap is not None:
-                layer = layer.swapped(backend, swap)
+            if slots is not layer.slots:
+                layer = layer._replace(slots=slots)
                 output = backend.together(output, layer.arrays)
             return xp.astype(output, queries.dtype), layer
         if mask is None and n_queries > 1:
@@ -192,36 +183,27 @@ class LayerView:
     def _dense_rows(self, with_slots: bool, n_new: Array | None = None) -> Dense:
         """All that is not in the segment, and the working set."""
         layer = self.rows
-        if n_new is not None:
-            buffers, n_used = [layer.keys.allocated, layer.values.allocated], layer.keys.n_rows
-        else:
-            buffers, n_used = [layer.keys.rows, layer.values.rows], 0
-        if not with_slots:
-            buffers, n_used = [self._without_slots(x) for x in buffers], n_used - layer.n_kept
-        keys, values = buffers
-        return Dense(keys, values, None if n_new is None else n_new + n_used)
+        slots = layer.slots if with_slots else None
+        if n_new is None:
+            return Dense(layer.keys.rows, layer.values.rows, None, slots)
+        n_used = n_new + layer.keys.n_rows
+        return Dense(layer.keys.allocated, layer.values.allocated, n_used, slots)
 
     def filled(self) -> LayerRows:
         """The rows with a working set of the segment's last rows, where slots are to be filled.
 
         A segment of fewer rows than slots loses the others.
         """
-        layer, backend = self.rows, self.backend
-        if layer.kept_rows is not None or not layer.n_kept:
+        layer = self.rows
+        if layer.slots is not None or not layer.n_kept:
             return layer
-        n_kept, first = min(layer.n_kept, layer.n_segment), layer.start
-        buffers = {}
-        for name in ("keys", "values"):
-            store = self._of(name)
-            assert store is not None
-            rows = self._rebuild(name, store, layer.n_segment - n_kept, layer.n_segment)
-            buffers[name] = getattr(layer, name).replaced(
-                backend, first, first + layer.n_kept, [rows]
-            )
-        numbers = None
-        if n_kept:
-            numbers = last_rows(backend, buffers["keys"].rows, layer.n_segment, n_kept)
-        return layer._replace(n_kept=n_kept, kept_rows=numbers, **buffers)
+        n_kept, end = min(layer.n_kept, layer.n_segment), layer.n_segment
+        if not n_kept:
+            return layer._replace(n_kept=0)
+        assert self.keys is not None and self.values is not None
+        keys = self._rebuild("keys", self.keys, end - n_kept, end)
+        values = self._rebuild("values", self.values, end - n_kept, end)
+        return layer._replace(n_kept=n_kept, slots=last_rows(self.backend, keys, values, end))
 
     def trimmed(self, n_tokens: int, has_dense_values: bool) -> LayerRows:
         """The rows without the last ``n_tokens``, of which there are as many.
@@ -234,7 +216,7 @@ class LayerView:
         layer = layer.without_last(from_tail)
         if from_segment:
             # the slots may hold rows that were cut off
-            layer = layer._replace(n_segment=layer.n_segment - from_segment, kept_rows=None)
+            layer = layer._replace(n_segment=layer.n_segment - from_segment, slots=None)
             layer = replace(self, rows=layer).filled()
         layer = layer.without_last(n_tokens - from_tail - from_segment)
         if has_dense_values:
@@ -243,8 +225,17 @@ class LayerView:
         return layer._replace(rope_runs=layer.runs_between(0, layer.offset))
 
 
-def last_rows(backend: Backend, like: Array, n_segment: int, n_kept: int) -> Array:
-    """Numbers of a segment's last rows, ``[B, n_kv_heads, n_kept]`` int32."""
-    xp = backend.xp
+def last_rows(backend: Backend, keys: Array, values: Array, n_segment: int) -> Slots:
+    """Slots that hold the last rows of a segment of so many.
+
+    Args:
+        keys: These, ``[B, n_kv_heads, K, head_dim]``.
+        values: Theirs, ``[B, n_kv_heads, K, value_dim]``.
+        n_segment: Rows of the segment.
+    """
+    xp, n_kept = backend.xp, keys.shape[-2]
     numbers = xp.astype(backend.positions(n_segment - n_kept, n_kept), xp.int32)
-    return backend.own(xp.broadcast_to(numbers, (*like.shape[:2], n_kept)))
+    rows = backend.own(xp.broadcast_to(numbers, (*keys.shape[:2], n_kept)))
+    slots = Slots(*backend.pack_rows(keys, values), rows)
+    backend.evaluate(*slots)
+    return slots

@@ -112,7 +112,7 @@ class LowRankCache:
         vars(self).update(kept)
         for group, state in zip(self.groups, states, strict=True):
             # steps since then may have written into the slots of working sets
-            layers = tuple(layer._replace(kept_rows=None) for layer in state.layers)
+            layers = tuple(layer._replace(slots=None) for layer in state.layers)
             group.state = state._replace(layers=layers)
 
     def append(
@@ -275,9 +275,9 @@ class LayerCache:
         """:meth:`xkv.cache.layer.LayerView.attend`"""
         rows = self.view.filled()
         view = replace(self.view, rows=rows)
-        if rows.kept_rows is not None:
+        if rows.slots is not None:
             # a step that ends while slots are written leaves them to be filled anew
-            self.rows = rows._replace(kept_rows=None)
+            self.rows = rows._replace(slots=None)
         output, self.rows = view.attend(queries, scale, mask, self.cache.config, **more)
         return output
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from xkv.config import buffer_rows
@@ -40,16 +39,6 @@ class RowBuffer(NamedTuple):
         """Fewer rows."""
         return self._replace(n_rows=n_rows)
 
-    def written(self, backend: Backend, at: Array, rows: Array) -> RowBuffer:
-        """The same with other rows at some places, which may be written over what is there.
-
-        Args:
-            at: Numbers of rows in use, ``[B, n_kv_heads, n]``.
-            rows: ``[B, n_kv_heads, n, dim]``
-        """
-        allocated = backend.put_along(self.allocated, at, rows, in_place=True)
-        return self._replace(allocated=allocated)
-
     def with_room(self, backend: Backend, n_rows: int, like: Array) -> RowBuffer:
         """The same rows in a buffer of at least ``n_rows``, shaped like other rows.
 
@@ -83,10 +72,7 @@ class RowBuffer(NamedTuple):
         buffer[..., self.n_rows : end, :] = rows
         return room._replace(n_rows=end)
 
-    def replaced(
-        self, backend: Backend, start: int, end: int, by: Sequence[Array] = ()
-    ) -> RowBuffer:
-        """Other rows in the place of those from ``start`` to ``end``, in a buffer of their own."""
-        parts = [self.rows[..., :start, :], *by, self.rows[..., end:, :]]
-        kept = backend.xp.concat(parts, axis=-2)
-        return RowBuffer().appended(backend, kept)
+    def without(self, backend: Backend, start: int, end: int) -> RowBuffer:
+        """The rows but those from ``start`` to ``end``, in a buffer of their own."""
+        parts = [self.rows[..., :start, :], self.rows[..., end:, :]]
+        return RowBuffer().appended(backend, backend.xp.concat(parts, axis=-2))

@@ -6,35 +6,34 @@ from typing import NamedTuple
 
 from xkv.cache.row_buffer import RowBuffer
 from xkv.ops.backend import Backend
+from xkv.ops.slots import Slots
 from xkv.ops.types import Array, RopeRun, RopeSpec
-from xkv.ops.working_set import Swap
 
 
 class LayerRows(NamedTuple):
     """One layer's rows. A value: what changes them returns another one.
 
-    Before compression every row is dense. Afterwards the dense rows are the sinks, the slots of the
-    working set, then window and tail; in position, the group's segment lies between sinks and
-    window.
+    Before compression every row is dense. Afterwards the dense rows are the sinks, then window and
+    tail; in position, the group's segment lies between sinks and window.
     """
 
     keys: RowBuffer = RowBuffer()
     values: RowBuffer = RowBuffer()
     start: int = 0
-    """Position of the segment's first row; in number, the first slot's among the dense rows."""
+    """Position of the segment's first row."""
     n_segment: int = 0
     """Rows of the group's segment that this layer still uses; trimming lowers it."""
     n_kept: int = 0
-    """Slots of the working set: dense rows that are copies of some of the segment's."""
-    kept_rows: Array | None = None
-    """Which, ``[B, n_kv_heads, n_kept]`` int32; None where the slots have to be filled anew."""
+    """Slots of the working set."""
+    slots: Slots | None = None
+    """These; None where they have to be filled anew."""
     rope_runs: tuple[RopeRun, ...] = ()
     """How the rows from position 0 on were rotated."""
 
     @property
     def offset(self) -> int:
         """Tokens seen."""
-        return self.n_segment + self.keys.n_rows - self.n_kept
+        return self.n_segment + self.keys.n_rows
 
     @property
     def batch(self) -> int:
@@ -54,7 +53,7 @@ class LayerRows(NamedTuple):
     @property
     def n_tail(self) -> int:
         """Dense rows after the compressed ones: window and tail."""
-        return self.keys.n_rows - self.n_kept - self.n_sinks
+        return self.keys.n_rows - self.n_sinks
 
     @property
     def row_bytes(self) -> int:
@@ -64,13 +63,12 @@ class LayerRows(NamedTuple):
     @property
     def kept_bytes(self) -> int:
         """The part of the bytes held that the working set takes."""
-        numbers = 0 if self.kept_rows is None else self.kept_rows.nbytes
-        return self.n_kept * self.row_bytes + numbers
+        return 0 if self.slots is None else self.slots.nbytes
 
     @property
     def arrays(self) -> list[Array]:
         """The arrays that no other layer has a part in."""
-        held = self.keys.allocated, self.values.allocated, self.kept_rows
+        held = self.keys.allocated, self.values.allocated, *(self.slots or ())
         return [x for x in held if x is not None]
 
     def appended(
@@ -87,15 +85,6 @@ class LayerRows(NamedTuple):
         if runs and runs[-1].spec == rope:
             n_rows, runs = n_rows + runs[-1].n_rows, runs[:-1]
         return self._replace(rope_runs=(*runs, RopeRun(n_rows, rope)))
-
-    def swapped(self, backend: Backend, swap: Swap) -> LayerRows:
-        """These rows with others in some slots of the working set."""
-        assert self.kept_rows is not None
-        return self._replace(
-            kept_rows=backend.put_along(self.kept_rows, swap.slots, swap.rows, in_place=True),
-            keys=self.keys.written(backend, swap.places, swap.keys),
-            values=self.values.written(backend, swap.places, swap.values),
-        )
 
     def with_room(self, backend: Backend, n_rows: int) -> LayerRows:
         """Buffers in which ``n_rows`` more fit without a copy."""

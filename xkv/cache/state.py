@@ -23,13 +23,14 @@ from xkv.errors import InputError
 from xkv.ops.backend import Backend
 from xkv.ops.latent import Latent
 from xkv.ops.packed import Packed, Part
+from xkv.ops.slots import Slots
 from xkv.ops.types import Array, DynamicNTKRope, Rope, RopeRun, RopeSpec
 from xkv.store.model_basis import ModelBasis
 from xkv.store.ranks import BitPlan, ModelPlan, RankPlan
 from xkv.store.shapes import CacheShape, GroupShape
 from xkv.store.store import Basis, Store
 
-FORMAT = 5
+FORMAT = 6
 """Version of the layout below."""
 
 LAYER_CLASS = "XKVCache"
@@ -63,8 +64,8 @@ def write_layer(layer: LayerCache, rope: Rope | None) -> list[Array]:
             basis = store.basis.layers[layer.index]
             bases[name] = [[x.bits, x.group_size] for x in basis.parts]
             arrays.update((f"{name}.basis.{i}", x) for i, x in enumerate(basis.arrays))
-    if rows.kept_rows is not None:
-        arrays["kept_rows"] = rows.kept_rows
+    if rows.slots is not None:
+        arrays.update((f"slots.{i}", x) for i, x in enumerate(rows.slots))
     about = {
         "format": FORMAT,
         "backend": cache.backend.name,
@@ -234,9 +235,10 @@ def _fill(layer: LayerCache, about: dict[str, Any], arrays: dict[str, Array]) ->
             layers = (*store.basis.layers, basis)
             store = store._replace(basis=store.basis._replace(layers=layers))
         state = state._replace(**{name: store})
+    slots = _numbered(arrays, "slots")
     rows = LayerRows(
         **fields,
-        kept_rows=arrays.get("kept_rows"),
+        slots=Slots(*slots) if slots else None,
         rope_runs=tuple(RopeRun(n_rows, _read_rope(spec)) for n_rows, spec in about["runs"]),
     )
     state = state._replace(retry_at=about["retry_at"])

@@ -10,9 +10,11 @@ from typing import Any
 
 from xkv.cache.group import GroupState
 from xkv.cache.layer import last_rows
+from xkv.cache.row_buffer import RowBuffer
 from xkv.cache.rows import LayerRows
 from xkv.config import Layout, XKVConfig
 from xkv.ops.backend import Backend
+from xkv.ops.slots import Slots
 from xkv.store.prompt_basis import Spectrum, measure, packed_bases, plain_basis
 from xkv.store.store import Basis, store_rows
 
@@ -78,17 +80,11 @@ def compress(
     n_kept = layout.n_kept if len(bases) == 2 else 0
     layers = []
     for layer in state.layers:
-        buffers = {}
-        for name in list(stores)[: len(bases)]:
-            buffer = getattr(layer, name)
-            kept = [buffer.rows[..., end - n_kept : end, :]] if n_kept else []
-            buffers[name] = buffer.replaced(backend, start, end, kept)
-            backend.evaluate(buffers[name].allocated)
-        layer = layer._replace(start=start, n_segment=n_rows, n_kept=n_kept, **buffers)
-        if n_kept:
-            numbers = last_rows(backend, layer.keys.rows, n_rows, n_kept)
-            layer = layer._replace(kept_rows=numbers)
-        layers.append(layer)
+        slots = _last_rows(backend, layer, end, n_kept, n_rows) if n_kept else None
+        buffers = _without(backend, layer, start, end, list(stores)[: len(bases)])
+        layers.append(
+            layer._replace(start=start, n_segment=n_rows, n_kept=n_kept, slots=slots, **buffers)
+        )
     return GroupState(tuple(layers), **stores, retry_at=state.retry_at)
 
 
@@ -109,8 +105,7 @@ def fold(backend: Backend, config: XKVConfig, state: GroupState, n_rows: int) ->
     Working sets grow with it, up to what is theirs, by rows that were just stored.
     """
     first = state.layers[0]
-    start = first.n_sinks + first.n_kept
-    end = start + n_rows
+    start, end = first.n_sinks, first.n_sinks + n_rows
     stored: dict[str, Any] = {}
     for name in ("keys", "values"):
         store = getattr(state, name)
@@ -125,16 +120,27 @@ def fold(backend: Backend, config: XKVConfig, state: GroupState, n_rows: int) ->
     n_more = min(max(wanted - first.n_kept, 0), n_rows)
     for layer in state.layers:
         layer = state.view(backend, len(layers)).filled()
-        buffers = {}
-        for name in stored:
-            buffer = getattr(layer, name)
-            kept = [buffer.rows[..., end - n_more : end, :]] if n_more else []
-            buffers[name] = buffer.replaced(backend, start, end, kept)
-        backend.evaluate(*(buffer.allocated for buffer in buffers.values()))
-        layer = layer._replace(n_segment=n_segment, n_kept=first.n_kept + n_more, **buffers)
+        slots = layer.slots
         if n_more:
-            numbers = [layer.kept_rows] if layer.kept_rows is not None else []
-            numbers.append(last_rows(backend, layer.keys.rows, n_segment, n_more))
-            layer = layer._replace(kept_rows=backend.xp.concat(numbers, axis=-1))
-        layers.append(layer)
+            entering = _last_rows(backend, layer, end, n_more, n_segment)
+            slots = entering if slots is None else slots.joined(backend, entering)
+            backend.evaluate(*slots)
+        buffers = _without(backend, layer, start, end, list(stored))
+        n_kept = layer.n_kept + n_more
+        layers.append(layer._replace(n_segment=n_segment, n_kept=n_kept, slots=slots, **buffers))
     return state._replace(layers=tuple(layers), **stored)
+
+
+def _last_rows(backend: Backend, layer: LayerRows, end: int, n_kept: int, n_segment: int) -> Slots:
+    """Slots that hold the dense rows before number ``end``, the last of a segment."""
+    keys, values = (x.rows[..., end - n_kept : end, :] for x in (layer.keys, layer.values))
+    return last_rows(backend, keys, values, n_segment)
+
+
+def _without(
+    backend: Backend, layer: LayerRows, start: int, end: int, names: Sequence[str]
+) -> dict[str, RowBuffer]:
+    """A layer's buffers without the dense rows from ``start`` to ``end``, which were stored."""
+    buffers = {name: getattr(layer, name).without(backend, start, end) for name in names}
+    backend.evaluate(*(buffer.allocated for buffer in buffers.values()))
+    return buffers

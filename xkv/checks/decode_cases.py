@@ -11,6 +11,7 @@ from xkv.config import BAND
 from xkv.ops.backend import Backend
 from xkv.ops.latent import Latent
 from xkv.ops.scores import Dense
+from xkv.ops.slots import Slots, pack_rows
 from xkv.ops.types import RopeRun, RopeSpec, Segment, Stored
 from xkv.store.codec import pack_latent
 
@@ -21,7 +22,7 @@ class DecodeCase:
 
     Args:
         bits: Of the bands of both latents, whose ranks then follow from them.
-        n_kept: Slots of the working set among the dense rows.
+        n_kept: Slots of the working set.
         spec: None for a layer without rotary embedding.
     """
 
@@ -78,8 +79,6 @@ class DecodeInputs:
     queries: Any
     segment: Segment
     dense: Dense
-    kept_rows: Any
-    """``[B, n_kv_heads, n_kept]``, None without a working set."""
     rows: Any
     """Some rows of the segment in no order, ``[B, n_kv_heads, n_rebuilt]``."""
     scale: float
@@ -121,20 +120,16 @@ def make_inputs(
     ids = [[random.permutation(case.n_rows) for _ in range(n_kv_heads)] for _ in range(batch)]
     numbers = np.array(ids, dtype=np.int32)
     rows = backend.from_numpy(numbers[..., : case.n_rebuilt])
-    kept = None
+    slots = None
     keys, values = (array(batch, n_kv_heads, case.n_dense, head_dim) for _ in range(2))
     if case.n_kept:
         kept = backend.from_numpy(numbers[..., -case.n_kept :])
-        keys, values = (
-            xp.concat([xp.astype(backend.rebuild_rows(x, kept), y.dtype), y], axis=2)
-            for x, y in zip(stored, (keys, values), strict=True)
-        )
+        slots = Slots(*pack_rows(backend, *(backend.rebuild_rows(x, kept) for x in stored)), kept)
     return DecodeInputs(
         case=case,
         queries=array(batch, case.n_heads, case.n_queries, head_dim, size=3.0),
         segment=Segment(*stored),
-        dense=Dense(keys, values),
-        kept_rows=kept,
+        dense=Dense(keys, values, None, slots),
         rows=rows,
         scale=head_dim**-0.5,
     )

@@ -66,39 +66,36 @@ def _of_group(state: GroupState, has_dense_values: bool) -> Iterator[str]:
 
 
 def _of_layer(layer: LayerRows, has_dense_values: bool) -> Iterator[str]:
-    n_dense = layer.keys.n_rows - layer.n_kept
     if min(layer.n_segment, layer.n_kept, layer.n_tail) < 0:
         yield f"a number of rows is negative: {layer.n_segment}, {layer.n_tail}"
     n_values = layer.offset if has_dense_values else layer.keys.n_rows
     if layer.values.n_rows != n_values:
         yield f"{layer.values.n_rows} rows of values where {n_values} belong to the keys"
-    if layer.n_segment + n_dense != layer.offset:
-        yield f"{layer.n_segment} stored and {n_dense} dense rows for {layer.offset} tokens"
     n_rotated = sum(run.n_rows for run in layer.rope_runs)
     if n_rotated != layer.offset:
         yield f"{n_rotated} rows have a rotation, and there are {layer.offset}"
     for buffer in (layer.keys, layer.values):
         if buffer.n_rows and (buffer.allocated is None or buffer.n_rows > buffer.rows.shape[-2]):
             yield f"{buffer.n_rows} rows are counted, and the buffer has fewer"
-    if layer.kept_rows is not None and layer.kept_rows.shape[-1] != layer.n_kept:
-        yield f"{layer.kept_rows.shape[-1]} numbers of kept rows for {layer.n_kept} slots"
+    if layer.slots is not None and {x.shape[2] for x in layer.slots} != {layer.n_kept}:
+        found = [x.shape[2] for x in layer.slots]
+        yield f"{found} numbers, scales and rows of {layer.n_kept} slots"
 
 
 def _of_working_set(view: LayerView) -> Iterator[str]:
     layer, backend = view.rows, view.backend
-    if layer.kept_rows is None:
+    if layer.slots is None:
         return
-    numbers = backend.to_numpy(layer.kept_rows)
+    numbers = backend.to_numpy(layer.slots.rows)
     if numbers.min() < 0 or numbers.max() >= layer.n_segment:
         yield f"a kept row is none of the segment's {layer.n_segment}"
         return
     if any(len(set(x.tolist())) < len(x) for head in numbers for x in head):
         yield "a row is kept twice"
-    first = layer.start
+    head_dim, dtype = layer.keys.rows.shape[-1], backend.xp.float32
     for name, rows in zip(("keys", "values"), view.dense(), strict=True):
         stored = _numbers(backend, rows)[..., layer.start : layer.start + layer.n_segment, :]
-        held = _numbers(backend, getattr(layer, name).rows)
-        held = held[..., first : first + layer.n_kept, :]
+        held = _numbers(backend, getattr(layer.slots, name)(backend, head_dim, dtype))
         # slots may hold rows as they were computed, to which no other stored row is closer
         products = held @ stored.swapaxes(-1, -2)
         apart = (stored**2).sum(-1)[..., None, :] - 2 * products + (held**2).sum(-1)[..., None]

@@ -37,15 +37,10 @@ def _pack(backend: Backend, x: Array, dtype: str, bits: int) -> tuple[Array, ...
     return words, *(xp.astype(parameter, x.dtype) for parameter in parameters)
 
 
-def _drawn(x: DecodeInputs) -> Array:
-    """The dense keys that were not computed, and so are the same bits everywhere."""
-    return x.dense.keys[..., x.case.n_kept :, :]
-
-
 def _quantize(bits: int) -> Operation:
     # as bytes: the same 32 bits are an int32 here and a uint32 there
     def words(backend: Backend, x: DecodeInputs, dtype: str) -> np.ndarray:
-        packed = backend.to_numpy(_pack(backend, _drawn(x), dtype, bits)[0])
+        packed = backend.to_numpy(_pack(backend, x.dense.keys, dtype, bits)[0])
         return np.ascontiguousarray(packed).view(np.uint8)
 
     return words
@@ -53,7 +48,7 @@ def _quantize(bits: int) -> Operation:
 
 def _dequantize(bits: int) -> Operation:
     return lambda backend, x, dtype: backend.dequantize(
-        _pack(backend, _drawn(x), dtype, bits), QUANTIZATION_GROUP, bits
+        _pack(backend, x.dense.keys, dtype, bits), QUANTIZATION_GROUP, bits
     )
 
 
@@ -106,7 +101,8 @@ def choice_of(backend: Backend, x: DecodeInputs) -> tuple[Any, ...]:
     numbers = backend.positions(0, math.prod(shape)) * 7919 % 10007
     worth = backend.xp.astype(backend.xp.reshape(numbers, shape), backend.xp.float32) / 64 - 80
     n_rebuilt = min(case.n_rebuilt, case.n_rows - n_kept)
-    return worth, x.kept_rows, n_rebuilt, n_swaps(n_kept, n_rebuilt), 4
+    kept_rows = None if x.dense.slots is None else x.dense.slots.rows
+    return worth, kept_rows, n_rebuilt, n_swaps(n_kept, n_rebuilt)
 
 
 def _choose_rows(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
@@ -116,6 +112,11 @@ def _choose_rows(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
         # in any order
         return _together(backend, (backend.xp.sort(chosen.rows, axis=-1),))
     return _together(backend, chosen)
+
+
+def _pack_rows(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
+    """Rows that were not computed, and so are the same bits everywhere."""
+    return _together(backend, backend.pack_rows(x.dense.keys, x.dense.values))
 
 
 def _rebuild_keys(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
@@ -142,8 +143,7 @@ def _attend_all(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
 def _attend_set(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
     """With all rows that are not kept rebuilt: which ones matter is decided by near ties else."""
     n_rebuilt = x.case.n_rows - x.case.n_kept
-    given = backend, x.queries, x.segment, x.dense, x.scale, n_rebuilt, x.kept_rows, 0
-    return attend_set(*given)[0]
+    return attend_set(backend, x.queries, x.segment, x.dense, x.scale, n_rebuilt)[0]
 
 
 def _factorize(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
@@ -204,6 +204,7 @@ OPERATIONS: dict[str, Operation] = {
     "absorbed_queries": lambda backend, x, dtype: absorbed_of(backend, x),
     "index_scores": _index_scores,
     "choose_rows": _choose_rows,
+    "pack_rows": _pack_rows,
     "rebuild_keys": _rebuild_keys,
     "rebuild_rows keys": _rebuild_rows("keys"),
     "rebuild_rows values": _rebuild_rows("values"),

@@ -59,7 +59,8 @@ class WatchedLayer(LayerCache):
         """Which positions the slots hold now."""
         rows = self.view.filled()
         # sorted into a copy: PyTorch's array is the cache's own, which steps write into
-        return [np.sort(x) + rows.start for x in self.cache.backend.to_numpy(rows.kept_rows)[0]]
+        held = self.cache.backend.to_numpy(rows.slots.rows)
+        return [np.sort(x) + rows.start for x in held[0]]
 
 
 class _Notes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-from xkv.ops import attention, index, rope, working_set
+from xkv.ops import attention, index, rope, slots, working_set
 from xkv.ops.kernels import KernelDispatch
 from xkv.ops.latent import Latent
 from xkv.ops.protocol import Operations
@@ -74,10 +74,13 @@ class Backend(Operations):
         kept_rows: Array | None,
         n_rebuilt: int,
         n_swapped: int,
-        first_slot: int,
     ) -> working_set.Choice:
         """:func:`xkv.ops.working_set.choose_rows`"""
-        return working_set.choose_rows(self, worth, kept_rows, n_rebuilt, n_swapped, first_slot)
+        return working_set.choose_rows(self, worth, kept_rows, n_rebuilt, n_swapped)
+
+    def pack_rows(self, keys: Array, values: Array) -> tuple[Array, Array]:
+        """:func:`xkv.ops.slots.pack_rows`"""
+        return slots.pack_rows(self, keys, values)
 
     def rebuild_rows(self, stored: Stored, rows: Array) -> Array:
         """:func:`xkv.ops.attention.rebuild_rows`"""

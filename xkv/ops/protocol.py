@@ -145,6 +145,10 @@ class Operations(ABC):
             in_place: ``x`` is not needed any more, and may be what is returned.
         """
 
+    def add_product(self, x: Array, left: Array, right: Array) -> Array:
+        """``x + left @ right``"""
+        return x + left @ right
+
     def together(self, x: Array, others: Sequence[Array]) -> Array:
         """``x``; where work is lazy, whoever computes it computes the others too."""
         return x
@@ -178,9 +182,12 @@ class Operations(ABC):
         kept_rows: Array | None,
         n_rebuilt: int,
         n_swapped: int,
-        first_slot: int,
     ) -> Any:
         """:func:`xkv.ops.working_set.choose_rows`"""
+
+    @abstractmethod
+    def pack_rows(self, keys: Array, values: Array) -> tuple[Array, Array]:
+        """:func:`xkv.ops.slots.pack_rows`"""
 
     @abstractmethod
     def rebuild_rows(self, stored: Stored, rows: Array) -> Array:

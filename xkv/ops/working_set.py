@@ -10,6 +10,7 @@ from xkv.ops.index import absorbed_queries, top_rows
 from xkv.ops.latent import Latent
 from xkv.ops.protocol import Operations
 from xkv.ops.scores import Dense, grouped_scores, is_past, masked, sink_scores, without_unused
+from xkv.ops.slots import Slots
 from xkv.ops.types import Array, Segment, Stored
 
 SWAP_STEPS = 4
@@ -34,25 +35,9 @@ class Choice(NamedTuple):
     rows: Array
     """Row numbers of the segment, ``[B, n_kv_heads, n_rebuilt]``, those that enter first."""
     entering: Array | None = None
-    """``[B, n_kv_heads, n_swapped]``; None where no row enters, as are the others."""
+    """``[B, n_kv_heads, n_swapped]``; None where no row enters, as are the slots."""
     slots: Array | None = None
     """Which they enter, as many."""
-    places: Array | None = None
-    """Numbers of the slots' dense rows, as many."""
-
-
-class Swap(NamedTuple):
-    """What comes into a working set after a step."""
-
-    slots: Array
-    """``[B, n_kv_heads, n]``"""
-    places: Array
-    """Numbers of the slots' dense rows, as many."""
-    rows: Array
-    """Row numbers of the segment, as many."""
-    keys: Array
-    """``[B, n_kv_heads, n, head_dim]``"""
-    values: Array
 
 
 def attend_set(
@@ -62,12 +47,10 @@ def attend_set(
     dense: Dense,
     scale: float,
     n_rebuilt: int,
-    kept_rows: Array | None,
-    first_slot: int,
     sinks: Array | None = None,
     is_swapping: bool = True,
-) -> tuple[Array, Swap | None]:
-    """Attend to the rows of a segment that matter most and to dense rows, some of which are kept.
+) -> tuple[Array, Slots | None]:
+    """Attend to the rows of a segment that matter most, some of which are kept, and to dense rows.
 
     The index scores every row; the best that are not kept are rebuilt, and gone after the step but
     for the very best, which may take the place of the worst that are kept.
@@ -76,16 +59,14 @@ def attend_set(
         queries: ``[B, n_heads, Lq, head_dim]``, rotated, few; they all attend to the same rows of
             the segment. The last Lq dense rows are theirs.
         segment: The layer's compressed rows, more than ``n_rebuilt`` and those kept.
-        dense: The others, and the working set's slots.
+        dense: The others, and the working set's slots, which are not needed again.
         scale: Factor on the scores.
         n_rebuilt: Rows to rebuild for each KV head.
-        kept_rows: Distinct row numbers that the slots hold, ``[B, n_kv_heads, K]``; None without.
-        first_slot: Number of the first slot's dense row.
         sinks: ``[n_heads]``: scores of nothing, that take a part of each head's weights.
         is_swapping: The best of the rebuilt rows enter the slots.
 
     Returns:
-        ``[B, n_heads, Lq, value_dim]``, and what comes into the slots.
+        ``[B, n_heads, Lq, value_dim]``, and the slots after the step.
     """
     xp, n_kv_heads = backend.xp, dense.keys.shape[1]
     queries = queries * scale
@@ -94,24 +75,27 @@ def attend_set(
     absorbed = absorbed_queries(backend, queries, segment.keys)
     offsets = xp.reshape(totals, (queries.shape[0], -1))
     worth = backend.index_scores(absorbed, segment.keys.latent, offsets, n_kv_heads)
+    slots = dense.slots
+    kept_rows = None if slots is None else slots.rows
     n_kept = 0 if kept_rows is None else kept_rows.shape[-1]
     n_swapped = n_swaps(n_kept, n_rebuilt) if is_swapping else 0
-    chosen = backend.choose_rows(worth, kept_rows, n_rebuilt, n_swapped, first_slot)
+    chosen = backend.choose_rows(worth, kept_rows, n_rebuilt, n_swapped)
     keys, scores = backend.rebuild_keys(segment.keys, chosen.rows, queries)
     sums, rest = backend.weigh_rows(segment.values.latent, chosen.rows, scores, totals, beside)
-    output = sums @ xp.permute_dims(segment.values.basis, (0, 2, 1, 3)) + rest
+    basis = xp.permute_dims(segment.values.basis, (0, 2, 1, 3))
+    output = backend.add_product(rest, sums, basis)
     output = xp.reshape(output, (*queries.shape[:3], output.shape[-1]))
-    if chosen.entering is None:
-        return output, None
-    _, entering, slots, places = chosen
-    values = backend.rebuild_rows(segment.values, entering)
-    return output, Swap(slots, places, entering, keys[..., :n_swapped, :], values)
+    if slots is not None and chosen.entering is not None:
+        values = backend.rebuild_rows(segment.values, chosen.entering)
+        packed = backend.pack_rows(keys[..., :n_swapped, :], values)
+        slots = slots.swapped(backend, chosen.slots, Slots(*packed, chosen.entering))
+    return output, slots
 
 
 def attend_dense(
     backend: Operations, queries: Array, dense: Dense, sinks: Array | None
 ) -> tuple[Array, Array]:
-    """Attention over dense rows, and what a query gives to all of them together.
+    """Attention over dense rows and slots, and what a query gives to all of them together.
 
     Args:
         queries: ``[B, n_heads, Lq, head_dim]``, rotated and scaled; the last Lq rows are theirs.
@@ -123,7 +107,11 @@ def attend_dense(
         exponentials of their scores, sinks among them, ``[B, n_heads, Lq]`` in float32 or wider.
     """
     xp, n_queries = backend.xp, queries.shape[2]
-    scores = grouped_scores(backend, queries, [dense.keys])
+    parts, head_dim, n_kept = [dense.keys], dense.keys.shape[-1], 0
+    if dense.slots is not None:
+        parts.insert(0, dense.slots.keys(backend, head_dim, queries.dtype))
+        n_kept = parts[0].shape[-2]
+    scores = grouped_scores(backend, queries, parts)
     if n_queries > 1:
         mask = is_past(backend, scores.shape[-1], n_queries)
         scores = masked(backend, queries, scores, mask)
@@ -133,7 +121,10 @@ def attend_dense(
         each = sink_scores(backend, sinks, scores.shape[:3], totals.dtype)
         totals = xp.logaddexp(totals, each)
     weights, raised = raised_weights(backend, xp.exp(scores - totals[..., None]), queries.dtype)
-    output = weights @ xp.astype(dense.values, queries.dtype)
+    output = weights[..., n_kept:] @ xp.astype(dense.values, queries.dtype)
+    if dense.slots is not None:
+        values = dense.slots.values(backend, head_dim, queries.dtype)
+        output = output + weights[..., :n_kept] @ values
     output = output if raised == 1 else output / raised
     shape = queries.shape[:3]
     return xp.reshape(output, (*shape, output.shape[-1])), xp.reshape(totals, shape)
@@ -145,7 +136,6 @@ def choose_rows(
     kept_rows: Array | None,
     n_rebuilt: int,
     n_swapped: int,
-    first_slot: int,
 ) -> Choice:
     """Which rows a step rebuilds, and which slots the first of them enter.
 
@@ -154,7 +144,6 @@ def choose_rows(
         kept_rows: ``[B, n_kv_heads, K]``: rows that are not to be rebuilt, distinct; or None.
         n_rebuilt: How many are; no more than there are others.
         n_swapped: How many enter; none without ``kept_rows``.
-        first_slot: As in :func:`attend_set`.
 
     Returns:
         The rows that are worth most, from the best on where some enter; the slots of those that are
@@ -168,8 +157,7 @@ def choose_rows(
         return Choice(rows)
     rows = backend.take_along(rows, xp.argsort(-backend.take_along(missing, rows), axis=-1))
     slots = xp.argsort(backend.take_along(worth, kept_rows), axis=-1)[..., :n_swapped]
-    slots = xp.astype(slots, rows.dtype)
-    return Choice(rows, rows[..., :n_swapped], slots, slots + first_slot)
+    return Choice(rows, rows[..., :n_swapped], xp.astype(slots, rows.dtype))
 
 
 def rebuild_keys(

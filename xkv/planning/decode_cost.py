@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from xkv.config import BAND, USUAL_COMPRESSION, XKVConfig
 from xkv.ops.index import BLOCK, RUN, n_columns
 from xkv.ops.latent import Latent
+from xkv.ops.slots import SCALE_BYTES, SLOT_NUMBERS
 from xkv.ops.working_set import SWAP_STEPS, n_swaps
 from xkv.store.codec import BITS, row_bytes
 from xkv.store.shapes import CacheShape, GroupShape
@@ -29,12 +30,12 @@ LAUNCHES = {
     "index scores": 1,
     "choice": 1,
     "rebuilt keys": 1,
-    "values": 3,
-    "swap": 4,
+    "values": 2,
+    "swap": 5,
     "new token": 2,
 }
 """On Metal, by part, where a layer swaps: the nodes of MLX's graph but views, and those written."""
-PLAIN_LAUNCHES = {"dense rows": 9, "choice": 11}
+PLAIN_LAUNCHES = {"dense rows": 17, "choice": 11, "values": 3, "swap": 26}
 """Of what is plain on CUDA, one run of the best rows' selection not counted."""
 EXACT_LAUNCHES = 14
 """Dense rows and the softmax, where every row is attended to."""
@@ -216,11 +217,17 @@ def working_set(
     n_best = n_rebuilt * group.n_kv_heads
     keys = n_best * (key_row + dim * item) + basis_k + 4 * n_rebuilt * heads
     values = n_best * value_row + basis_v + heads * (4 * n_rebuilt + 2 * rank_v * item)
-    dense = _dense(layer, n_tokens - n_rows + n_kept, is_metal, 0)
+    dense = _dense(layer, n_tokens - n_rows, is_metal, 0)
+    dense += StepWork(
+        n_kept * group.n_kv_heads * (dim + value_dim + SCALE_BYTES),
+        2 * n_kept * heads * (dim + value_dim),
+    )
     n_swapped = n_swaps(n_kept, n_rebuilt) * group.n_kv_heads
-    # values rebuilt; both written, those and the keys read again
-    swapped = n_swapped * (value_row + (2 * dim + 3 * value_dim) * item) + basis_v
-    swap = StepWork(swapped, 2 * n_swapped * rank_v * value_dim, LAUNCHES["swap"])
+    # values rebuilt, both read, packed, and what is packed moved into the slots
+    packed = dim + value_dim + SLOT_NUMBERS
+    swapped = n_swapped * (value_row + (dim + 2 * value_dim) * item + 3 * packed) + basis_v
+    launches = LAUNCHES if is_metal else LAUNCHES | PLAIN_LAUNCHES
+    swap = StepWork(swapped, 2 * n_swapped * rank_v * value_dim, launches["swap"])
     swap = swap.shared_by(SWAP_STEPS) if n_swapped else StepWork()
     work = {
         "scaled queries": StepWork(2 * heads * dim * item),
@@ -235,7 +242,6 @@ def working_set(
         "swap": swap,
         "new token": StepWork(2 * group.row_elements * item),
     }
-    launches = LAUNCHES if is_metal else LAUNCHES | PLAIN_LAUNCHES
     launches = launches | {"swap": 0}
     return {name: each + StepWork(launches=launches[name]) for name, each in work.items()}
 

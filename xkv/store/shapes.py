@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xkv.config import XKVConfig, buffer_rows
+from xkv.ops.slots import SLOT_NUMBERS
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,10 @@ class CacheShape:
         total = n_tokens * self.dense_row_bytes
         for group in self.groups:
             n_kept = 0 if group.has_dense_values else layout.n_kept
-            n_keys = n_dense + n_kept
-            n_values = n_tokens + 1 if group.has_dense_values else n_keys
-            elements = buffer_rows(n_keys) * group.key_dim
+            n_values = n_tokens + 1 if group.has_dense_values else n_dense
+            elements = buffer_rows(n_dense) * group.key_dim
             elements += buffer_rows(n_values) * group.value_dim
-            row_numbers = 4 * n_kept
-            per_head = elements * self.item_bytes + row_numbers
+            slots = n_kept * (group.key_dim + group.value_dim + SLOT_NUMBERS)
+            per_head = elements * self.item_bytes + slots
             total += per_head * group.n_layers * group.n_kv_heads
         return total

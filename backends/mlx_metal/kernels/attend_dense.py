@@ -1,4 +1,4 @@
-"""Attention over dense rows and the logarithm of what they are given, in one kernel."""
+"""Attention over dense rows and slots, and the logarithm of what they are given, in one kernel."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import mlx.core as mx
 from xkv.backends.mlx_metal.kernels import common
 from xkv.ops.backend import Backend
 from xkv.ops.scores import Dense
+from xkv.ops.slots import Slots, pack_rows
 from xkv.ops.types import Array
 
 HEAD_DIMS = (64, 128, 256)
@@ -31,23 +32,34 @@ METAL_FUNC void load_features(thread float (&x)[N], const device T* from, int64_
     for (int i = 0; i < N; i++) x[i] = float(from[i * stride]);
   }
 }
-"""
 
-# What a simdgroup begins with: the first has the sink, a score whose row is nothing.
-_WITHOUT_SINKS = """
-  float largest = no_score, total = 0.0f;
-"""
-_WITH_SINKS = """
-  float largest = no_score, total = 0.0f;
-  if (simdgroup_index_in_threadgroup == 0) {
-    largest = float(sinks[threadgroup_position_in_grid.x * sinks_strides[0]]);
-    total = 1.0f;
+template <int N>
+METAL_FUNC float product(thread const float (&x)[N], thread const float (&y)[N]) {
+  float sum = 0.0f;
+#pragma clang loop unroll(full)
+  for (int i = 0; i < N; i++) sum = fma(x[i], y[i], sum);
+  return simd_sum(sum);
+}
+
+// Sums of rows by the exponentials of their scores, relative to the largest one so far.
+template <int N>
+struct weighted_rows {
+  float largest, total, sums[N];
+
+  void add(float score, thread const float (&x)[N], float factor) {
+    const float before = largest;
+    largest = max(largest, score);
+    const float shrink = fast::exp(before - largest), weight = fast::exp(score - largest);
+    total = fma(total, shrink, weight);
+#pragma clang loop unroll(full)
+    for (int i = 0; i < N; i++) sums[i] = fma(sums[i], shrink, weight * factor * x[i]);
   }
+};
 """
 
 # A threadgroup attends for one query of one head. Each simdgroup takes every SIMDGROUPS-th row, a
-# thread N / 32 features of it; sums are relative to the largest score that it has met.
-SOURCE = """
+# thread N / 32 features of it.
+BEGIN = """
   constexpr int EACH = N / 32;
   threadgroup float all_largest[SIMDGROUPS];
   threadgroup float all_totals[SIMDGROUPS];
@@ -64,31 +76,51 @@ SOURCE = """
   const device T* value = values + batch * values_strides[0] + kv_head * values_strides[1] +
                           feature * values_strides[3];
 
-  float q[EACH], x[EACH], sums[EACH];
+  float q[EACH], x[EACH];
+  weighted_rows<EACH> mine;
+  mine.largest = no_score;
+  mine.total = 0.0f;
+#pragma clang loop unroll(full)
+  for (int i = 0; i < EACH; i++) mine.sums[i] = 0.0f;
   load_features(
       q,
       queries + batch * queries_strides[0] + head * queries_strides[1] +
           query * queries_strides[2] + feature * queries_strides[3],
       queries_strides[3]);
-#pragma clang loop unroll(full)
-  for (int i = 0; i < EACH; i++) sums[i] = 0.0f;
+"""
+
+# A score whose row is nothing.
+SINKS = """
+  if (sg == 0) {
+    mine.largest = float(sinks[head * sinks_strides[0]]);
+    mine.total = 1.0f;
+  }
+"""
+
+# Whole numbers, and factors of a key and of a value.
+SLOTS = """
+  const device int8_t* slot = numbers + batch * numbers_strides[0] + kv_head * numbers_strides[1] +
+                              feature * numbers_strides[3];
+  const device float* factors = scales + batch * scales_strides[0] + kv_head * scales_strides[1];
+  for (int row = sg; row < numbers_shape[2]; row += SIMDGROUPS) {
+    load_features(x, slot + row * numbers_strides[2], numbers_strides[3]);
+    const device float* factor = factors + row * scales_strides[2];
+    const float score = product(q, x) * factor[0];
+    load_features(x, slot + row * numbers_strides[2] + N * numbers_strides[3], numbers_strides[3]);
+    mine.add(score, x, factor[scales_strides[3]]);
+  }
+"""
+
+ROWS = """
   for (int row = sg; row < n_seen; row += SIMDGROUPS) {
     load_features(x, key + row * keys_strides[2], keys_strides[3]);
-    float score = 0.0f;
-#pragma clang loop unroll(full)
-    for (int i = 0; i < EACH; i++) score = fma(q[i], x[i], score);
-    score = simd_sum(score);
-    const float before = largest;
-    largest = max(largest, score);
-    const float shrink = fast::exp(before - largest), weight = fast::exp(score - largest);
-    total = fma(total, shrink, weight);
+    const float score = product(q, x);
     load_features(x, value + row * values_strides[2], values_strides[3]);
-#pragma clang loop unroll(full)
-    for (int i = 0; i < EACH; i++) sums[i] = fma(sums[i], shrink, weight * x[i]);
+    mine.add(score, x, 1.0f);
   }
   if (lane == 0) {
-    all_largest[sg] = largest;
-    all_totals[sg] = total;
+    all_largest[sg] = mine.largest;
+    all_totals[sg] = mine.total;
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
   // a lane looks after the simdgroup of its number
@@ -97,9 +129,9 @@ SOURCE = """
   const float most = simd_max(one_largest);
   const float one_total = is_one ? all_totals[lane] * fast::exp(one_largest - most) : 0.0f;
   const float sum = simd_sum(one_total);
-  const float part = fast::exp(largest - most) / sum;
+  const float part = fast::exp(mine.largest - most) / sum;
 #pragma clang loop unroll(full)
-  for (int i = 0; i < EACH; i++) parts[sg][feature + i] = sums[i] * part;
+  for (int i = 0; i < EACH; i++) parts[sg][feature + i] = mine.sums[i] * part;
   threadgroup_barrier(mem_flags::mem_threadgroup);
   const int64_t number = (batch * n_heads + head) * n_queries + query;
   if (thread_index < N) {
@@ -116,19 +148,20 @@ class AttendDense:
 
     Limits: queries, keys and values of one dtype, float32, float16 or bfloat16; keys and values of
     one dim, 64, 128 or 256; all rows in use. Any strides: views of larger buffers are read where
-    they are. Any number of rows and queries; sinks of any of the dtypes. Sums are in float32.
+    they are. Any number of rows, slots and queries; sinks of any of the dtypes. Sums are in
+    float32.
 
     A threadgroup of 32 simdgroups (16 at dim 256) for each query of each head, like the
     ``sdpa_vector`` of MLX: at 2,300 rows a simdgroup takes 72 of them.
 
     For each row and query head: ``4 * dim`` floating point operations. From device memory, for each
-    KV head, a row's key and value, ``2 * dim`` elements, which its other query heads and queries
-    read from cache; queries read and outputs written, ``2 * dim`` elements each, are little beside
-    that. At 4 query heads a KV head in 16 bits that is 4 operations a byte: memory bounds it, not
+    KV head, a row's key and value, ``2 * dim`` elements (a slot's: as many bytes, and 8), which its
+    other query heads and queries read from cache; queries read and outputs written, ``2 * dim``
+    elements each, are little beside that. At 4 query heads a KV head in 16 bits that is 4 operations a byte: memory bounds it, not
     arithmetic. With 8 KV heads of dim 128 a thousand rows are 4 MB and 16 million operations. The
     plain twin also writes and reads back all scores and weights, in six operations or more.
 
-    The sources depend on dtype, dim, and whether there are sinks and of what dtype.
+    The sources depend on dtype, dim, and whether there are slots, and sinks and of what dtype.
     """
 
     name = "attend_dense"
@@ -142,6 +175,11 @@ class AttendDense:
             return f"the kernel takes head_dim {', '.join(map(str, HEAD_DIMS))}, not {dim}"
         if value_dim != dim:
             return f"the kernel takes values as wide as keys, {dim}, not {value_dim}"
+        slots = dense.slots
+        if slots is not None and slots.numbers.dtype != mx.int8:
+            return f"the kernel takes slots in int8, not {common.dtype_name(slots.numbers)}"
+        if slots is not None and common.size_problem(*slots[:2]):
+            return common.size_problem(*slots[:2])
         n_rows, n_queries = dense.keys.shape[2], queries.shape[2]
         if n_rows < max(n_queries, 1):
             return f"the kernel takes as many dense rows as queries or more, not {n_rows}"
@@ -155,27 +193,35 @@ class AttendDense:
         dim, dtype = dense.keys.shape[-1], queries.dtype
         few = backend.normal((2, 4, 3, dim), 0) * (3 * dim**-0.5)
         keys, values = (backend.normal((2, 2, 85, dim), seed).astype(dtype) for seed in (1, 2))
-        rows = Dense(keys[..., :77, :], values[..., :77, :])
+        slots = dense.slots
+        if slots is not None:
+            packed = pack_rows(backend, *(backend.normal((2, 2, 45, dim), x) for x in (3, 4)))
+            slots = Slots(*packed, slots.rows)
         return (
             few.astype(dtype),
-            rows,
+            Dense(keys[..., :77, :], values[..., :77, :], None, slots),
             sinks if sinks is None else few[0, :, 0, 0].astype(sinks.dtype),
         )
 
     def check_key(self, queries: Array, dense: Dense, sinks: Array | None) -> tuple[Any, ...]:
         """The dtype's name, and what else the source depends on."""
         of_sinks = None if sinks is None else common.dtype_name(sinks)
-        return common.dtype_name(queries), queries.shape[-1], of_sinks
+        return common.dtype_name(queries), queries.shape[-1], of_sinks, dense.slots is not None
 
     def __call__(self, queries: Array, dense: Dense, sinks: Array | None) -> tuple[Array, Array]:
         batch, n_heads, n_queries, dim = queries.shape
         named = {"queries": queries, "keys": dense.keys, "values": dense.values}
+        name, source = self.name, BEGIN
         if sinks is not None:
             named["sinks"] = sinks
+            name, source = f"{name}_sinks", source + SINKS
+        if dense.slots is not None:
+            named |= {"numbers": dense.slots.numbers, "scales": dense.slots.scales}
+            name, source = f"{name}_slots", source + SLOTS
         kernel = common.build(
-            self.name if sinks is None else f"{self.name}_sinks",
+            name,
             tuple(named),
-            (_WITHOUT_SINKS if sinks is None else _WITH_SINKS) + SOURCE,
+            source + ROWS,
             HEADER,
             outputs=("out", "totals"),
             reads_strides=True,

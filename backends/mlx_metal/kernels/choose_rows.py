@@ -130,7 +130,7 @@ SOURCE = """
   }
   if (n_swapped == 0) {
     // outputs of no numbers there are none
-    if (thread_index == 0) entering[kv_head] = slots[kv_head] = places[kv_head] = 0;
+    if (thread_index == 0) entering[kv_head] = slots[kv_head] = 0;
     return;
   }
 
@@ -139,7 +139,6 @@ SOURCE = """
   const int place = rank_found<THREADS>(worst, found, n_swapped, shared, thread_index);
   if (place >= n_swapped) return;
   slots[kv_head * n_swapped + place] = found[thread_index];
-  places[kv_head * n_swapped + place] = found[thread_index] + first_slot;
 """
 
 
@@ -171,7 +170,6 @@ class ChooseRows:
         kept_rows: Array | None,
         n_rebuilt: int,
         n_swapped: int,
-        first_slot: int,
     ) -> str | None:
         """A sentence that says why the kernel cannot take these arguments here, or None."""
         n_kept = 0 if kept_rows is None else kept_rows.shape[-1]
@@ -198,7 +196,7 @@ class ChooseRows:
         numbers = mx.arange(4 * n_rows).reshape(shape) * 7919 % 10007
         drawn = (numbers.astype(mx.float32) - 8000) / 64
         kept = mx.argsort(-drawn, axis=-1)[..., ::3][..., :n_kept].astype(mx.int32)
-        return drawn, kept, n_rebuilt, 12, 5
+        return drawn, kept, n_rebuilt, 12
 
     def check_key(self, worth: Array, *_: Any) -> tuple[Any, ...]:
         """The dtype's name."""
@@ -210,7 +208,6 @@ class ChooseRows:
         kept_rows: Array | None,
         n_rebuilt: int,
         n_swapped: int,
-        first_slot: int,
     ) -> Choice:
         batch, n_kv_heads, n_rows = worth.shape
         n_kept = 0 if kept_rows is None else kept_rows.shape[-1]
@@ -222,10 +219,9 @@ class ChooseRows:
             "n_kept": n_kept,
             "n_rebuilt": n_rebuilt,
             "n_swapped": n_swapped,
-            "first_slot": first_slot,
         }
         header = common.LATENT_SOURCE + selection.SELECTION_SOURCE + HEADER
-        outputs = "out", "entering", "slots", "places", "maxima"
+        outputs = "out", "entering", "slots", "maxima"
         kernel = common.build(self.name, tuple(inputs), SOURCE, header, outputs)
         of_swaps = (batch, n_kv_heads, max(n_swapped, 1))
         rows, *swaps, _ = kernel(
@@ -235,10 +231,10 @@ class ChooseRows:
             threadgroup=(THREADS, 1, 1),
             output_shapes=[
                 (batch, n_kv_heads, n_rebuilt),
-                *[of_swaps] * 3,
+                *[of_swaps] * 2,
                 (batch, n_kv_heads, -(-n_rows // RUN)),
             ],
-            output_dtypes=[*[mx.int32] * 4, mx.uint32],
+            output_dtypes=[*[mx.int32] * 3, mx.uint32],
         )
         return Choice(rows, *swaps) if n_swapped else Choice(rows)
 

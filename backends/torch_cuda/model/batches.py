@@ -48,9 +48,8 @@ def _layer(layer: LayerRows, pick: Pick) -> LayerRows:
         x if x.allocated is None else x._replace(allocated=pick(x.allocated))
         for x in (layer.keys, layer.values)
     )
-    numbers = layer.kept_rows
-    kept_rows = None if numbers is None else pick(numbers)
-    return layer._replace(keys=keys, values=values, kept_rows=kept_rows)
+    slots = None if layer.slots is None else layer.slots.map(pick)
+    return layer._replace(keys=keys, values=values, slots=slots)
 
 
 def _picked(store: Store | None, pick: Pick) -> Store | None:
