@@ -18,6 +18,7 @@ from xkv.backends.torch_cuda import kernels as triton_kernels
 from xkv.ops.backend import Backend
 from xkv.ops.kernels import KernelDispatch, KernelMode
 from xkv.ops.latent import Latent
+from xkv.ops.scores import Dense
 from xkv.ops.types import Array, RopeSpec, Stored
 
 logger = logging.getLogger("xkv")
@@ -150,6 +151,11 @@ class TorchBackend(Backend):
         values = values.to(x.dtype).expand_as(at)
         return x.scatter_(2, at, values) if in_place else x.scatter(2, at, values)
 
+    def add_product(self, x: Array, left: Array, right: Array) -> Array:
+        if len(right) < len(left):
+            return super().add_product(x, left, right)
+        return torch.baddbmm(*(y.flatten(0, 1) for y in (x, left, right))).view(x.shape)
+
     def step_dtype(self, dtype: Any) -> Any:
         # the CPU multiplies 16-bit matrices slowly
         is_short = dtype in (torch.float16, torch.bfloat16)
@@ -177,6 +183,21 @@ class TorchBackend(Backend):
     def reset_peak_memory(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
+
+    def attend_dense(
+        self, queries: Array, dense: Dense, sinks: Array | None
+    ) -> tuple[Array, Array]:
+        return self.kernels.run(
+            "attend_dense",
+            triton_kernels.ATTEND_DENSE,
+            super().attend_dense,
+            *(queries, dense, sinks),
+        )
+
+    def pack_rows(self, keys: Array, values: Array) -> tuple[Array, Array]:
+        return self.kernels.run(
+            "pack_rows", triton_kernels.PACK_ROWS, super().pack_rows, keys, values
+        )
 
     def rebuild_rows(self, stored: Stored, rows: Array) -> Array:
         return self.kernels.run(

@@ -141,7 +141,7 @@ def test_missing_device_is_told_once_for_all_operations(monkeypatch, caplog):
 
 def test_missing_device_raises_where_kernels_must_run(monkeypatch):
     monkeypatch.setattr(common, "device_problem", lambda: NO_DEVICE)
-    with pytest.raises(xkv.InputError, match=f"rebuild_rows cannot run: {NO_DEVICE}"):
+    with pytest.raises(xkv.InputError, match=f"attend_dense cannot run: {NO_DEVICE}"):
         run_every_operation(xkv.load_backend("mlx", kernels="on"))
 
 

@@ -18,7 +18,6 @@ from xkv.ops.working_set import SWAP_STEPS, Choice, attend_set
 from xkv.planning.chips import CHIPS, LENGTHS, MODELS, Chip, milliseconds
 from xkv.planning.decode_cost import (
     LAUNCHES,
-    PLAIN_LAUNCHES,
     TOPK_LAUNCHES,
     LayerShape,
     Parts,
@@ -41,10 +40,10 @@ VIEWS = {"Broadcast", "ExpandDims", "Reshape", "Slice", "Squeeze", "Transpose"}
 CONFIG = XKVConfig(compression=8)
 KERNELS = {"attend_dense", "query_terms", "index_scores", "choose_rows"}
 KERNELS |= {"pack_rows", "rebuild_rows", "rebuild_keys", "weigh_rows"}
-TRITON = KERNELS - {"attend_dense", "choose_rows", "pack_rows"}
+TRITON = KERNELS - {"choose_rows"}
 MOST_LAUNCHES = 16
 """Of a layer's step on Metal."""
-MORE_WITHOUT = 110
+MORE_WITHOUT = 150
 """Launches, at most, where plain operations take the place of Triton's kernels."""
 
 
@@ -198,7 +197,7 @@ def test_launches_by_formula_are_the_nodes_of_the_graph(shape, n_tokens):
     assert count_step(shape, n_tokens, KERNELS) == on_metal - 2
     # a selection is one node here
     parts = working_set(layer, config, n_tokens, is_metal=False)
-    in_triton = total(of_swapping_step(parts, PLAIN_LAUNCHES["swap"])).launches
+    in_triton = total(of_swapping_step(parts, LAUNCHES["swap"])).launches
     in_triton -= (2 if n_tokens > 10_000 else 1) * (TOPK_LAUNCHES - 1)
     assert count_step(shape, n_tokens, TRITON) == in_triton - 2
     assert count_step(shape, n_tokens, set()) <= in_triton + MORE_WITHOUT

@@ -10,7 +10,6 @@ from typing import Any
 
 from xkv.cache.group import GroupState
 from xkv.cache.layer import last_rows
-from xkv.cache.row_buffer import RowBuffer
 from xkv.cache.rows import LayerRows
 from xkv.config import Layout, XKVConfig
 from xkv.ops.backend import Backend
@@ -81,10 +80,8 @@ def compress(
     layers = []
     for layer in state.layers:
         slots = _last_rows(backend, layer, end, n_kept, n_rows) if n_kept else None
-        buffers = _without(backend, layer, start, end, list(stores)[: len(bases)])
-        layers.append(
-            layer._replace(start=start, n_segment=n_rows, n_kept=n_kept, slots=slots, **buffers)
-        )
+        layer = _without(backend, layer, start, end, list(stores)[: len(bases)])
+        layers.append(layer._replace(start=start, n_segment=n_rows, n_kept=n_kept, slots=slots))
     return GroupState(tuple(layers), **stores, retry_at=state.retry_at)
 
 
@@ -125,9 +122,8 @@ def fold(backend: Backend, config: XKVConfig, state: GroupState, n_rows: int) ->
             entering = _last_rows(backend, layer, end, n_more, n_segment)
             slots = entering if slots is None else slots.joined(backend, entering)
             backend.evaluate(*slots)
-        buffers = _without(backend, layer, start, end, list(stored))
-        n_kept = layer.n_kept + n_more
-        layers.append(layer._replace(n_segment=n_segment, n_kept=n_kept, slots=slots, **buffers))
+        n_kept, layer = layer.n_kept + n_more, _without(backend, layer, start, end, list(stored))
+        layers.append(layer._replace(n_segment=n_segment, n_kept=n_kept, slots=slots))
     return state._replace(layers=tuple(layers), **stored)
 
 
@@ -139,8 +135,10 @@ def _last_rows(backend: Backend, layer: LayerRows, end: int, n_kept: int, n_segm
 
 def _without(
     backend: Backend, layer: LayerRows, start: int, end: int, names: Sequence[str]
-) -> dict[str, RowBuffer]:
-    """A layer's buffers without the dense rows from ``start`` to ``end``, which were stored."""
-    buffers = {name: getattr(layer, name).without(backend, start, end) for name in names}
-    backend.evaluate(*(buffer.allocated for buffer in buffers.values()))
-    return buffers
+) -> LayerRows:
+    """A layer without the dense rows from ``start`` to ``end`` of what was stored."""
+    rows: dict[str, Any] = {
+        name: getattr(layer, name).without(backend, start, end) for name in names
+    }
+    backend.evaluate(*(buffer.allocated for buffer in rows.values()))
+    return layer._replace(**rows)

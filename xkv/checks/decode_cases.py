@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from xkv.config import BAND
+from xkv.ops.attention import rebuild_rows
 from xkv.ops.backend import Backend
 from xkv.ops.latent import Latent
 from xkv.ops.scores import Dense
@@ -124,7 +125,7 @@ def make_inputs(
     keys, values = (array(batch, n_kv_heads, case.n_dense, head_dim) for _ in range(2))
     if case.n_kept:
         kept = backend.from_numpy(numbers[..., -case.n_kept :])
-        slots = Slots(*pack_rows(backend, *(backend.rebuild_rows(x, kept) for x in stored)), kept)
+        slots = Slots(*pack_rows(backend, *(rebuild_rows(backend, x, kept) for x in stored)), kept)
     return DecodeInputs(
         case=case,
         queries=array(batch, case.n_heads, case.n_queries, head_dim, size=3.0),

@@ -124,7 +124,8 @@ class DecodeStep:
             kept = backend.own(xp.broadcast_to(xp.astype(numbers, xp.int32), size))
             packed = backend.pack_rows(*(backend.rebuild_rows(stored, kept) for stored in segment))
             slots = Slots(*packed, kept)
-        self.dense = Dense(*held, None, slots)
+        keys, values = held
+        self.dense = Dense(keys, values, None, slots)
         self.backend.evaluate(self.queries, *held, *(slots or ()))
 
     def _draw(self, *shape: int, size: float = 1.0) -> Array:

@@ -141,7 +141,9 @@ def _operations(step: DecodeStep, is_packed: bool) -> dict[str, Callable[[Backen
         keys, values = (
             x._replace(latent=Latent((x.latent.unpack(backend),))) for x in (keys, values)
         )
-    queries, dense, kept = step.queries * step.scale, step.dense, step.dense.slots.rows
+    queries, dense = step.queries * step.scale, step.dense
+    assert dense.slots is not None
+    kept = dense.slots.rows
     basis, spec = index_basis(backend, keys), keys.rope_runs[0].spec
     absorbed = absorbed_queries(backend, queries, keys)
     offsets = xp.astype(absorbed[:, 0, 0] * 0, xp.float32)

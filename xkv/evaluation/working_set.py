@@ -59,6 +59,7 @@ class WatchedLayer(LayerCache):
         """Which positions the slots hold now."""
         rows = self.view.filled()
         # sorted into a copy: PyTorch's array is the cache's own, which steps write into
+        assert rows.slots is not None
         held = self.cache.backend.to_numpy(rows.slots.rows)
         return [np.sort(x) + rows.start for x in held[0]]
 

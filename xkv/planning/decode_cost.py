@@ -2,9 +2,9 @@
 
 Counted are bytes that operations read and write, floating-point operations of matrix products
 (what else is computed hides behind memory), and launches. On Metal each fused operation is one
-kernel, which holds no intermediate result in memory; in Triton all but ``attend_dense`` and
-``choose_rows``, which are plain operations of PyTorch. Everything else is what :mod:`xkv.ops` does
-on MLX. One sequence, one query, 16-bit arithmetic.
+kernel, which holds no intermediate result in memory; in Triton all but ``choose_rows``, which is
+plain operations of PyTorch. Everything else is what :mod:`xkv.ops` does on MLX. One sequence, one
+query, 16-bit arithmetic.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LAUNCHES = {
     "new token": 2,
 }
 """On Metal, by part, where a layer swaps: the nodes of MLX's graph but views, and those written."""
-PLAIN_LAUNCHES = {"dense rows": 17, "choice": 11, "values": 3, "swap": 26}
+PLAIN_LAUNCHES = {"choice": 10}
 """Of what is plain on CUDA, one run of the best rows' selection not counted."""
 EXACT_LAUNCHES = 14
 """Dense rows and the softmax, where every row is attended to."""
@@ -217,7 +217,7 @@ def working_set(
     n_best = n_rebuilt * group.n_kv_heads
     keys = n_best * (key_row + dim * item) + basis_k + 4 * n_rebuilt * heads
     values = n_best * value_row + basis_v + heads * (4 * n_rebuilt + 2 * rank_v * item)
-    dense = _dense(layer, n_tokens - n_rows, is_metal, 0)
+    dense = _dense(layer, n_tokens - n_rows, True, 0)
     dense += StepWork(
         n_kept * group.n_kv_heads * (dim + value_dim + SCALE_BYTES),
         2 * n_kept * heads * (dim + value_dim),

@@ -157,9 +157,10 @@ class AttendDense:
     For each row and query head: ``4 * dim`` floating point operations. From device memory, for each
     KV head, a row's key and value, ``2 * dim`` elements (a slot's: as many bytes, and 8), which its
     other query heads and queries read from cache; queries read and outputs written, ``2 * dim``
-    elements each, are little beside that. At 4 query heads a KV head in 16 bits that is 4 operations a byte: memory bounds it, not
-    arithmetic. With 8 KV heads of dim 128 a thousand rows are 4 MB and 16 million operations. The
-    plain twin also writes and reads back all scores and weights, in six operations or more.
+    elements each, are little beside that. At 4 query heads a KV head in 16 bits that is 4
+    operations a byte: memory bounds it, not arithmetic. With 8 KV heads of dim 128 a thousand rows
+    are 4 MB and 16 million operations. The plain twin also writes and reads back all scores and
+    weights, in six operations or more.
 
     The sources depend on dtype, dim, and whether there are slots, and sinks and of what dtype.
     """

@@ -90,6 +90,8 @@ class TritonKernel:
             raise RuntimeError(f"{type(error).__name__}: {error}") from error
 
 
+ATTEND_DENSE = TritonKernel("attend_dense")
+PACK_ROWS = TritonKernel("pack_rows")
 REBUILD_ROWS = TritonKernel("rebuild_rows")
 REBUILD_KEYS = TritonKernel("rebuild_keys")
 QUERY_TERMS = TritonKernel("query_terms")

@@ -21,13 +21,17 @@ from xkv.checks.tolerances import TOLERANCE, relative_error
 from xkv.ops.backend import Backend
 from xkv.ops.index import index_basis
 from xkv.ops.latent import Latent
+from xkv.ops.scores import Dense
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: pip install triton (Linux)")
 OPERATIONS = [
     *("rebuild_rows keys", "rebuild_rows values", "rebuild_keys", "weigh_rows", "index_scores"),
-    "query_terms",
+    *("query_terms", "attend_dense", "pack_rows"),
 ]
+WITHOUT_LATENT = ("query_terms", "attend_dense", "pack_rows")
+WITHOUT_ROWS = ("index_scores", *WITHOUT_LATENT)
+"""Those that take no numbers of a latent's rows."""
 """A kernel's name, and of which rows."""
 LARGE = 100.0
 """Its exponential is no float32."""
@@ -44,6 +48,10 @@ def arguments(backend: Backend, operation: str, x: DecodeInputs) -> tuple[Any, .
         return x.segment.keys, x.rows, x.queries * x.scale
     if operation == "query_terms":
         return x.queries * x.scale, index_basis(backend, x.segment.keys), x.case.spec
+    if operation == "attend_dense":
+        return x.queries * x.scale, x.dense, None
+    if operation == "pack_rows":
+        return x.dense.keys, x.dense.values
     return getattr(x.segment, operation.split()[1]), x.rows
 
 
@@ -74,11 +82,15 @@ def mapped(args: Any, change: Callable[[Any], Any], kind: type = torch.Tensor) -
 
 def trapped(backend: Backend, operation: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """The same arguments, NaN in the rows that nobody asks for and in those past the end."""
-    has_rows = operation not in ("index_scores", "query_terms")
+    has_rows = operation not in WITHOUT_ROWS
     if has_rows:
         # the first of an array's rows, as a step's are
         wide = torch.nn.functional.pad(args[1], (0, 3), value=0)
         args = args[0], wide[..., :-3], *args[2:]
+
+    if operation == "attend_dense":
+        queries, dense, sinks = args
+        return queries, Dense(*map(spared, dense[:2]), None, dense.slots), sinks
 
     def hide(latent: Latent) -> Latent:
         is_used = np.full(latent.shape[:2], not has_rows)
@@ -90,6 +102,12 @@ def trapped(backend: Backend, operation: str, args: tuple[Any, ...]) -> tuple[An
     return mapped(args, hide, Latent)
 
 
+def spared(rows: torch.Tensor) -> torch.Tensor:
+    """A view of a buffer that goes on with NaN."""
+    spare = torch.full_like(rows[..., :5, :], torch.nan)
+    return torch.cat([rows, spare], dim=-2)[..., : rows.shape[-2], :]
+
+
 def results(found: Any) -> tuple[torch.Tensor, ...]:
     """Those of an operation, of which some give one."""
     return found if isinstance(found, tuple) else (found,)
@@ -99,6 +117,10 @@ def dtypes_of(operation: str, args: Any) -> list[torch.dtype]:
     """What an operation's results are in."""
     if operation == "index_scores":
         return [torch.float32]
+    if operation == "attend_dense":
+        return [args[0].dtype, torch.float32]
+    if operation == "pack_rows":
+        return [torch.int8, torch.float32]
     if operation == "weigh_rows":
         return [args[-1].dtype] * 2
     if operation == "query_terms":

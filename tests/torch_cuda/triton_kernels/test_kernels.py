@@ -9,6 +9,7 @@ import torch
 import xkv
 from tests.torch_cuda.triton_kernels.checks import (
     OPERATIONS,
+    WITHOUT_LATENT,
     arguments,
     check,
     kernel_error,
@@ -20,6 +21,7 @@ from xkv.checks.decode_cases import CASES, DTYPES, DecodeCase, make_inputs
 from xkv.checks.tolerances import TOLERANCE, relative_error
 from xkv.ops.backend import Backend
 from xkv.ops.latent import Latent
+from xkv.ops.scores import Dense
 from xkv.ops.types import RopeRun
 
 pytestmark = needs_triton
@@ -51,6 +53,8 @@ ODD_SIZES = [
     ("query_terms", DecodeCase(70, 4, 2, 64, 32, 16, rope_dims=34, n_kept=0, traditional=True)),
     ("query_terms", DecodeCase(70, 2, 1, 80, 1, 16, n_kept=0, n_queries=3, rope_scale=1.2)),
     *(("weigh_rows", DecodeCase(70, 4, 2, n, 16, 16, n_kept=0)) for n in (1, 63, 65, 80, 256)),
+    *(("attend_dense", DecodeCase(70, 4, 2, n, 16, 16, n_kept=n)) for n in (1, 33, 80)),
+    *(("pack_rows", DecodeCase(70, 4, 2, n, 16, 16, n_kept=0)) for n in (1, 63, 80, 256)),
 ]
 """Of features that other kernels do not take."""
 EDGE_OPERATIONS = ["rebuild_keys", "weigh_rows", "index_scores", "query_terms"]
@@ -69,6 +73,33 @@ def test_kernel_takes_any_features(
     backend: Backend, reference: Backend, operation: str, case: DecodeCase
 ) -> None:
     check(backend, reference, operation, case, "float32")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_used", [None, 1, 32, 33, 70])
+def test_attend_dense_takes_sinks_and_rows_in_use(
+    backend: Backend, reference: Backend, n_used: int | None, dtype: str
+) -> None:
+    """As many as the device counts, of buffers with NaN in those that are not."""
+    case = DecodeCase(70, 8, 2, 64, 16, 16, n_dense=70, n_kept=40, batch=2)
+    x = make_inputs(backend, case, dtype)
+    queries, dense, _ = arguments(backend, "attend_dense", x)
+    sinks = backend.normal((case.n_heads,), 5) + 3
+    given = dense
+    if n_used is not None:
+        held = [torch.nn.functional.pad(y[..., :n_used, :], (0, 0, 0, 9)) for y in dense[:2]]
+        for y in held:
+            y[..., n_used:, :] = torch.nan
+        given = Dense(*held, torch.tensor([n_used], device=x.rows.device), dense.slots)
+        dense = Dense(*(y[..., :n_used, :] for y in dense[:2]), None, dense.slots)
+    got = results(backend.attend_dense(queries, given, sinks))
+    assert backend.kernels.last_path["attend_dense"] == "attend_dense"
+    exact = mapped(
+        (queries, dense, sinks), lambda y: y.cpu().double() if y.is_floating_point() else y.cpu()
+    )
+    for y, want in zip(got, results(reference.attend_dense(*exact)), strict=True):
+        error = relative_error(backend.to_numpy(y), reference.to_numpy(want))
+        assert error <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("operation", ["rebuild_rows keys", "rebuild_keys", "index_scores"])
@@ -192,7 +223,7 @@ def test_rebuild_rows_far_positions(backend: Backend, start: int) -> None:
     assert relative_error(got[0], np.concatenate(turned, axis=-1)) <= 1e-6
 
 
-@pytest.mark.parametrize("operation", [x for x in OPERATIONS if x != "query_terms"])
+@pytest.mark.parametrize("operation", [x for x in OPERATIONS if x not in WITHOUT_LATENT])
 def test_index_reads_no_words_but_the_first_bands(
     backend: Backend, reference: Backend, operation: str
 ) -> None:

@@ -34,8 +34,10 @@ CASE = DecodeCase(
     n_rebuilt=65,
     n_queries=5,
     start=40,
+    n_dense=40,
+    n_kept=40,
 )
-"""Straddling words, three blocks, two tiles of queries and of rows."""
+"""Straddling words, three blocks, two tiles of queries and of rows, of dense ones and of slots."""
 
 FAULTS = [
     ("rebuild_rows", "position + ids", "position + ids + 1"),
@@ -141,6 +143,48 @@ FAULTS = [
     ("query_terms", "range(2 * n_pairs, head_dim", "range(n_pairs, head_dim"),
     ("query_terms", "feature < head_dim", "feature < head_dim - 1"),
     ("query_terms", "products += x", "products = x"),
+    ("attend_dense", "start + tl.arange(0, N)", "tl.arange(0, N)"),
+    ("attend_dense", "range(0, n_slots, N)", "range(0, N, N)"),
+    ("attend_dense", "range(0, n_seen, N)", "range(0, N, N)"),
+    ("attend_dense", "rows < n_slots", "rows < n_slots - 1"),
+    ("attend_dense", "rows < n_seen", "rows < n_seen - 1"),
+    ("attend_dense", "- n_queries + query + 1", "- n_queries + 1"),
+    ("attend_dense", "- n_queries + query + 1", "- 0 * query"),
+    ("attend_dense", "head // n_sharing", "head % 2"),
+    ("attend_dense", "batch * keys_batch", "0 * keys_batch"),
+    ("attend_dense", "kv_head * keys_head", "0 * keys_head"),
+    ("attend_dense", "batch * values_batch", "0 * values_batch"),
+    ("attend_dense", "kv_head * values_head", "0 * values_head"),
+    ("attend_dense", "batch * numbers_batch", "0 * numbers_batch"),
+    ("attend_dense", "kv_head * numbers_head", "0 * numbers_head"),
+    ("attend_dense", "batch * scales_batch", "0 * scales_batch"),
+    ("attend_dense", "kv_head * scales_head", "0 * scales_head"),
+    ("attend_dense", "axis=1) * of_key", "axis=1)"),
+    ("attend_dense", "scales_row + 1, mask", "scales_row, mask"),
+    ("attend_dense", "at += HEAD_DIM", "at += 0"),
+    ("attend_dense", 'score = tl.where(is_row, score, float("-inf"))', "score = score"),
+    ("attend_dense", 'asked, axis=1), float("-inf"))', "asked, axis=1), 0.0)"),
+    ("attend_dense", "total * fade", "total"),
+    ("attend_dense", "sums * fade", "sums"),
+    ("attend_dense", "tl.load(sinks + head)", "tl.load(sinks)"),
+    ("attend_dense", "best * 0 + 1.0", "best * 0"),
+    ("attend_dense", "(sums / total)", "sums"),
+    ("attend_dense", "best + tl.log(total)", "tl.log(total)"),
+    ("attend_dense", "(batch * n_heads + head)", "head"),
+    ("attend_dense", "* n_queries + query\n", "* n_queries\n"),
+    ("pack_rows", "batch * keys_batch", "0 * keys_batch"),
+    ("pack_rows", "head * keys_head", "0 * keys_head"),
+    ("pack_rows", "row * keys_row", "0 * keys_row"),
+    ("pack_rows", "batch * values_batch", "0 * values_batch"),
+    ("pack_rows", "head * values_head", "0 * values_head"),
+    ("pack_rows", "row * values_row", "0 * values_row"),
+    ("pack_rows", "tl.max(tl.abs(x), axis=0)", "tl.max(x, axis=0)"),
+    ("pack_rows", "quotient + ADDED - ADDED", "quotient"),
+    ("pack_rows", "columns < dim", "columns < dim - 1"),
+    ("pack_rows", "numbers + key_dim", "numbers"),
+    ("pack_rows", "scales + 1", "scales"),
+    ("pack_rows", "scales += 2 * place", "scales += place"),
+    ("pack_rows", "head_of_batch * n_rows", "head * n_rows"),
     ("common of index_scores", "codes | rest <<", "codes | 0 * rest <<"),
 ]
 
@@ -161,6 +205,8 @@ def error_of_case(
 ) -> float:
     """On arguments in which faults show."""
     args = arguments(backend, operation, make_inputs(backend, case, "float32"))
+    if operation == "attend_dense":
+        args = *args[:2], backend.normal((case.n_heads,), 5) + 3
     if operation == "weigh_rows":
         # the second tile's row is far above the first's for some queries, far below for others
         args[2][:, :, 0::3, -1] += 12

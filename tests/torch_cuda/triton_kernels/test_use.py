@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,13 @@ import torch
 
 import xkv
 from tests.cache_decoding import decode_with_cache
-from tests.torch_cuda.triton_kernels.checks import OPERATIONS, arguments, mapped, needs_triton
+from tests.torch_cuda.triton_kernels.checks import (
+    OPERATIONS,
+    WITHOUT_LATENT,
+    arguments,
+    mapped,
+    needs_triton,
+)
 from xkv.backends.torch_cuda import kernels as triton_kernels
 from xkv.checks.decode_cases import CASES, DecodeCase, make_inputs
 from xkv.checks.tolerances import TOLERANCE, relative_error
@@ -26,7 +33,7 @@ pytestmark = needs_triton
 
 @pytest.mark.parametrize(
     ("size", "has_kept_rows"),
-    [({"rank_k": 40, "rank_v": 56}, False), ({"compression": 2}, True)],
+    [({"rank_k": 40, "rank_v": 56, "kept_share": 0.0}, False), ({"compression": 2}, True)],
     ids=str,
 )
 def test_cache_decodes_on_kernels(
@@ -39,7 +46,7 @@ def test_cache_decodes_on_kernels(
     names = {operation.split()[0] for operation in OPERATIONS}
     if not has_kept_rows:
         # whose values are all that is rebuilt but for keys with scores
-        names.remove("rebuild_rows")
+        names -= {"rebuild_rows", "pack_rows"}
     assert backend.kernels.last_path == {name: name for name in names}
     assert relative_error(got, decode_with_cache(plain, config)) <= TOLERANCE["float32"]
 
@@ -62,6 +69,9 @@ def refusals(backend: Backend) -> dict[str, tuple[str, tuple[Any, ...]]]:
     absorbed, latent, offsets, n_kv_heads = args_of("index_scores")
     values, _, scores, totals, beside = args_of("weigh_rows")
     queries, index, terms_spec = args_of("query_terms")
+    scaled, dense, _ = args_of("attend_dense")
+    two, two_rows, _ = args_of("attend_dense", DecodeCase(70, 2, 1, 64, 8, 8, n_queries=2))
+    unused = two_rows._replace(n_used=torch.tensor([3], device=two.device))
     off = backend.xp.concat([stored.basis] * 2, axis=-1)[..., 8:72]
     return {
         "2 rotary embeddings": ("rebuild_rows", (two_runs, rows)),
@@ -109,6 +119,20 @@ def refusals(backend: Backend) -> dict[str, tuple[str, tuple[Any, ...]]]:
             "query_terms",
             (queries, strided(index), terms_spec),
         ),
+        "the values are torch.float64": (
+            "attend_dense",
+            (scaled, dense._replace(values=dense.values.double()), None),
+        ),
+        "the keys are strided": (
+            "attend_dense",
+            (scaled, dense._replace(keys=strided(dense.keys)), None),
+        ),
+        "several queries of rows that are not all in use": ("attend_dense", (two, unused, None)),
+        "pack_rows cannot run: the values are torch.float64": (
+            "pack_rows",
+            (dense.keys, dense.values.double()),
+        ),
+        "rows are strided": ("pack_rows", (dense.keys, strided(dense.values))),
         "the latent is torch.float64": (
             "index_scores",
             (absorbed, latent.map(doubled), offsets, n_kv_heads),
@@ -135,10 +159,10 @@ def test_other_bits_are_the_same_compilation(backend: Backend) -> None:
             case = DecodeCase(70, 4, 2, 64, bits=bits, n_kept=0)
             args = arguments(backend, operation, make_inputs(backend, case, "float16"))
             keys.add(kernel.check_key(*args))
-        plain = arguments(backend, operation, make_inputs(backend, CASES[0], "float16"))
+        case = replace(CASES[0], n_kept=0)
+        plain = arguments(backend, operation, make_inputs(backend, case, "float16"))
         assert len(keys) == 1
-        # the terms are of no latent
-        assert (kernel.check_key(*plain) in keys) == (operation == "query_terms")
+        assert (kernel.check_key(*plain) in keys) == (operation in WITHOUT_LATENT)
 
 
 def test_cpu_tells_once_and_stays_plain(
@@ -178,6 +202,9 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     # with scores and without
     of_dtype["rebuild_rows_kernel"] = 4, 2, 2, 2, 1, 1
     of_dtype["query_terms_kernel"] = (4,)
+    # whether there are sinks, and rows that are not in use
+    of_dtype["attend_dense_kernel"] = 1, 1, 1
+    of_dtype["pack_rows_kernel"] = (1,)
     for name, counts in of_dtype.items():
         found = [int(n) for x, n in zip(names, shared_by, strict=True) if x == name]
         assert sorted(found[: 2 * len(counts)]) == sorted(2 * counts), compiled.stdout
