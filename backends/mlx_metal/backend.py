@@ -21,6 +21,7 @@ from xkv.backends.mlx_metal.kernels import (
 )
 from xkv.backends.mlx_metal.rotation import rotation_at
 from xkv.ops.backend import MAX_TABLES, Backend
+from xkv.ops.index import RUN
 from xkv.ops.kernels import KernelDispatch, KernelMode
 from xkv.ops.latent import Latent
 from xkv.ops.scores import Dense
@@ -114,9 +115,17 @@ class MLXBackend(Backend):
         )
 
     def top_indices(self, scores: Array, count: int) -> Array:
-        order = mx.argpartition(-scores, kth=min(count, scores.shape[-1] - 1), axis=-1)
-        # int32: unsigned numbers would turn all row arithmetic into int64
-        return order[..., :count].astype(mx.int32)
+        *lead, n = scores.shape
+        if n < 2 * RUN * count:
+            order = mx.argpartition(-scores, kth=min(count, n - 1), axis=-1)
+            # int32: unsigned numbers would turn all row arithmetic into int64
+            return order[..., :count].astype(mx.int32)
+        # MLX sorts: all but the runs with the largest maxima, which have them all, are left out
+        scores = mx.pad(scores, [*[(0, 0)] * len(lead), (0, -n % RUN)], constant_values=-mx.inf)
+        runs = self.top_indices(scores.reshape(*lead, -1, RUN).max(axis=-1), count)
+        numbers = (runs[..., None] * RUN + mx.arange(RUN)).reshape(*lead, -1)
+        best = self.top_indices(mx.take_along_axis(scores, numbers, axis=-1), count)
+        return mx.take_along_axis(numbers, best, axis=-1)
 
     def quantize(self, x: Array, group_size: int, bits: int) -> tuple[Array, Array, Array]:
         words, scales, biases = mx.quantize(x, group_size=group_size, bits=bits)

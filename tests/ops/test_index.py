@@ -125,12 +125,12 @@ def test_a_block_belongs_to_the_rotation_of_its_middle(reference):
 
 
 @pytest.mark.parametrize("name", ["mlx", "torch"])
-def test_top_rows_are_those_of_a_full_sort(name):
+def test_top_indices_are_those_of_a_full_sort(name):
     backend = load_backend(name, kernels="off")
     for n_rows in (39, 640, 1000, 4099):
         scores = np.random.default_rng(n_rows).standard_normal((2, 3, n_rows)).astype(np.float32)
         scores[..., 100:116] += 9  # many in one run
-        got = backend.to_numpy(index.top_rows(backend, backend.from_numpy(scores), 20))
+        got = backend.to_numpy(backend.top_indices(backend.from_numpy(scores), 20))
         want = np.argsort(-scores, axis=-1)[..., :20]
         np.testing.assert_array_equal(np.sort(got), np.sort(want))
 

@@ -15,7 +15,7 @@ BLOCKS = 64
 """Blocks whose columns are widened at once."""
 
 RUN = 16
-"""Neighbouring rows of which the best is looked at first."""
+"""Neighbouring rows of which the best is looked at first, where the best of many are searched."""
 
 BLOCK = 256
 """Rows that share one rotation of a query.
@@ -190,22 +190,3 @@ def index_scores(
         found.append(xp.max(scores, axis=-1))
     together = found[0] if len(found) == 1 else xp.concat(found, axis=1)
     return xp.permute_dims(together, (0, 2, 1))
-
-
-def top_rows(backend: Operations, scores: Array, count: int) -> Array:
-    """Where the ``count`` largest of ``[B, n_kv_heads, L]`` are, in any order.
-
-    Devices find them by sorting. They lie in no more than ``count`` runs of ``RUN`` rows, those
-    with the largest maxima, so that of a long row all but these are left out first.
-    """
-    xp = backend.xp
-    *lead, n_rows = scores.shape
-    if n_rows < 2 * RUN * count:
-        return backend.top_indices(scores, count)
-    lowest = xp.full((*lead, -n_rows % RUN), float("-inf"), dtype=scores.dtype, **backend.placement)
-    scores = xp.concat([scores, lowest], axis=-1)
-    runs = backend.top_indices(xp.max(xp.reshape(scores, (*lead, -1, RUN)), axis=-1), count)
-    rows = runs[..., None] * RUN + xp.astype(backend.positions(0, RUN), runs.dtype)
-    rows = xp.reshape(rows, (*lead, -1))
-    best = backend.top_indices(backend.take_along(scores, rows), count)
-    return backend.take_along(rows, best)

@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from xkv.ops.attention import raised_weights, take_rows
-from xkv.ops.index import absorbed_queries, top_rows
+from xkv.ops.index import absorbed_queries
 from xkv.ops.latent import Latent
 from xkv.ops.protocol import Operations
 from xkv.ops.scores import Dense, grouped_scores, is_past, masked, sink_scores, without_unused
@@ -152,7 +152,7 @@ def choose_rows(
     xp, missing = backend.xp, worth
     if kept_rows is not None:
         missing = backend.put_along(worth, kept_rows, backend.constant([-math.inf], worth.dtype))
-    rows = top_rows(backend, missing, n_rebuilt)
+    rows = backend.top_indices(missing, n_rebuilt)
     if not n_swapped:
         return Choice(rows)
     rows = backend.take_along(rows, xp.argsort(-backend.take_along(missing, rows), axis=-1))

@@ -35,15 +35,13 @@ LAUNCHES = {
     "new token": 2,
 }
 """On Metal, by part, where a layer swaps: the nodes of MLX's graph but views, and those written."""
-PLAIN_LAUNCHES = {"choice": 10}
+PLAIN_LAUNCHES = {"choice": 8}
 """Of what is plain on CUDA, one run of the best rows' selection not counted."""
 EXACT_LAUNCHES = 14
 """Dense rows and the softmax, where every row is attended to."""
 
 RADIX_PASSES = 4
 """Of the Metal kernel that chooses rows, over what it selects from, at most."""
-RUNS_LAUNCHES = 10
-"""Of plain operations that leave out all but the best runs of rows."""
 TOPK_READS, TOPK_LAUNCHES = 5, 12
 """PyTorch's radix selection on CUDA: a read for each byte of a float32, and one for the indices."""
 SCORE_BYTES, SUM_BYTES = 32, 24
@@ -264,15 +262,5 @@ def _choice(n_heads: int, n_rows: int, count: int, is_metal: bool) -> StepWork:
         n_runs = -(-n_rows // RUN)
         passes = RADIX_PASSES * n_heads * (n_runs + RUN * min(count, n_runs))
         return StepWork(4 * (n_scores + passes))
-    is_short = n_rows < 2 * RUN * count
-    out = StepWork(8 * n_scores)
-    if is_short:
-        return out + _top_k(n_scores)
-    # filled up to whole runs, whose maxima are taken, then the scores of those that are left
-    runs = StepWork(12 * n_scores + 16 * n_heads * RUN * count, 0, RUNS_LAUNCHES)
-    return out + runs + _top_k(n_scores // RUN) + _top_k(n_heads * RUN * count)
-
-
-def _top_k(n_scores: int) -> StepWork:
-    """The best of some float32 scores, as CUDA finds them."""
-    return StepWork(4 * TOPK_READS * n_scores, 0, TOPK_LAUNCHES)
+    # copied without those of kept rows, then selected from
+    return StepWork(4 * (2 + TOPK_READS) * n_scores, 0, TOPK_LAUNCHES)
