@@ -150,7 +150,7 @@ class Divergence:
         self, compressed: Compressed, reference: np.ndarray, tokens: Sequence[int], one_by_one: bool
     ) -> dict[str, float]:
         """Block by block, so that no second array of all tokens and words is made."""
-        layers = compressed.start()
+        layers = compressed.layers(one_by_one)
         found: list[tuple[np.ndarray, ...]] = []
         for start in range(0, len(tokens), BLOCK):
             block = slice(start, start + BLOCK)

@@ -220,7 +220,8 @@ class Evaluation:
     ) -> dict[str, Any]:
         """Perplexity of a continuation, and how far the next-token distributions moved."""
         tokens = self.model.encode(sample.continuation)
-        rows = self.model.log_probabilities(tokens, compressed.start(), method.is_stepwise)
+        layers = compressed.layers(method.is_stepwise)
+        rows = self.model.log_probabilities(tokens, layers, method.is_stepwise)
         full = reference.setdefault("rows", rows)
         likely = np.take_along_axis(rows[:-1], np.array(tokens[1:])[:, None], -1)
         divergence = (np.exp(full) * (full - rows)).sum(-1)

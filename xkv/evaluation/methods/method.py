@@ -41,6 +41,10 @@ class Compressed:
     converse: Callable[[], Conversation]
     detail: str = ""
 
+    def layers(self, one_by_one: bool) -> Sequence[Any]:
+        """What a text goes on over: where token follows token, the cache that a reply would have."""
+        return self.converse().layers if one_by_one else self.start()
+
 
 class Method(ABC):
     """A way of holding a document's cache.
