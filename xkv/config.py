@@ -38,16 +38,16 @@ def buffer_rows(n_rows: int) -> int:
 ATTENDED = 352
 """Stored rows that a step attends to for each KV head, at least, where no budget is given."""
 MIN_REBUILT, MAX_REBUILT = 128, 256
-"""How many of them it rebuilds, at least and at most; the others are kept.
+"""How many of them it rebuilds, at least and at most; the others are recent ones.
 
 What more of them are worth, and cost: docs/measured.md.
 """
 
-KEPT_IN_ROW = 1.75
-"""Rows of 64 features and more that a working set keeps, in 8 bits, in the bytes of one of 16."""
+RECENT_IN_ROW = 1.75
+"""Rows of 64 features and more in 8 bits, in the bytes of one in 16."""
 
-MAX_KEPT = 2048
-"""Rows of a working set, at most."""
+MAX_RECENT = 2048
+"""Recent rows, at most."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class Layout:
 
     Args:
         n_rows: Rows of the segment; less than 1 if the prompt is too short.
-        n_kept: Slots of the working set of each layer.
+        n_recent: The last of these, which are held in 8 bits too.
     """
 
     n_rows: int
-    n_kept: int = 0
+    n_recent: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ class XKVConfig:
             window is folded into the compressed part.
         attention: ``auto`` attends to the stored rows that matter most, where there are more than a
             step is worth; ``exact`` to every one.
-        budget: Stored rows that a decode step attends to, kept and rebuilt ones together; None
-            rebuilds up to 256 beside those that are kept, and at least 128.
-        kept_share: Share of the bytes held that the working set's kept rows may take.
+        budget: Stored rows that a decode step attends to, recent and rebuilt ones together; None
+            rebuilds up to 256 beside the recent ones, and at least 128.
+        kept_share: Share of the bytes held that the recent rows, kept in 8 bits, may take.
         power_iterations: Subspace iterations of a prompt's factorization.
         seed: Seed of its random start.
 
@@ -198,25 +198,24 @@ class XKVConfig:
         return MIN_WINDOW + max(n_fitting - 1, 0)
 
     def layout(self, n_tokens: int) -> Layout:
-        """Which of a prompt's rows are stored, and how many are kept in each working set."""
+        """Which of a prompt's rows are stored, and how many of these are held in 8 bits too."""
         n_rows = n_tokens - self.sinks - self.window_at(n_tokens)
-        share = self.kept_share * KEPT_IN_ROW / (self.compression or USUAL_COMPRESSION)
-        n_kept = int(n_tokens * share)
-        n_kept = min(n_kept, MAX_KEPT, max(n_rows, 0))
+        share = self.kept_share * RECENT_IN_ROW / (self.compression or USUAL_COMPRESSION)
+        n_recent = min(int(n_tokens * share), MAX_RECENT, max(n_rows, 0))
         if self.budget is not None:
-            n_kept = min(n_kept, self.budget * 7 // 8)
-        return Layout(n_rows, n_kept if self.rebuilt_at(n_rows, n_kept) else 0)
+            n_recent = min(n_recent, self.budget * 7 // 8)
+        return Layout(n_rows, n_recent if self.rebuilt_at(n_rows, n_recent) else 0)
 
-    def rebuilt_at(self, n_rows: int, n_kept: int) -> int | None:
+    def rebuilt_at(self, n_rows: int, n_recent: int) -> int | None:
         """Rows of a segment that a decode step rebuilds for each KV head, None for all.
 
         Args:
             n_rows: Of the segment.
-            n_kept: Those that the working set holds.
+            n_recent: Those that are at hand.
         """
         if self.budget is None:
-            n_rebuilt = min(max(ATTENDED - n_kept, MIN_REBUILT), MAX_REBUILT)
+            n_rebuilt = min(max(ATTENDED - n_recent, MIN_REBUILT), MAX_REBUILT)
         else:
-            n_rebuilt = max(self.budget - n_kept, 1)
-        is_all = self.attention == "exact" or n_rows <= n_kept + n_rebuilt
+            n_rebuilt = max(self.budget - n_recent, 1)
+        is_all = self.attention == "exact" or n_rows <= n_recent + n_rebuilt
         return None if is_all else n_rebuilt

@@ -30,7 +30,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         prog="python -m xkv.inspect",
         description="Plot a prompt's cache: singular spectra, similarity of layers, the error of "
         "each layer once it is compressed, the bits that the latents are held in, and which rows "
-        "the working set holds while the model decodes; all of it on one page, index.html.",
+        "are rebuilt while the model decodes; all of it on one page, index.html.",
     )
     parser.add_argument(
         "--model", help="model directory or Hugging Face repository; the bundled model if left out"
@@ -52,7 +52,7 @@ def setup_arg_parser() -> argparse.ArgumentParser:
         "--steps",
         type=int,
         default=STEPS,
-        help=f"tokens to decode, to see what the working set holds (default: {STEPS})",
+        help=f"tokens to decode, to see which rows are rebuilt (default: {STEPS})",
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="for the tokenizer")
     add_compression_flags(parser, has_kernels=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -14,7 +14,6 @@ from xkv.backends.mlx_metal.kernels import (
     choose_rows,
     common,
     index_scores,
-    pack_rows,
     query_terms,
     rebuild_rows,
     weigh_rows,
@@ -26,7 +25,6 @@ from xkv.ops.kernels import KernelDispatch, KernelMode
 from xkv.ops.latent import Latent
 from xkv.ops.scores import Dense
 from xkv.ops.types import Array, RopeSpec, Stored
-from xkv.ops.working_set import Choice
 
 
 class MLXBackend(Backend):
@@ -149,15 +147,12 @@ class MLXBackend(Backend):
     def take_along(self, x: Array, at: Array) -> Array:
         return mx.take_along_axis(x, at[..., None] if x.ndim > at.ndim else at, axis=2)
 
-    def put_along(self, x: Array, at: Array, values: Array, in_place: bool = False) -> Array:
+    def put_along(self, x: Array, at: Array, values: Array) -> Array:
         at = at[..., None] if x.ndim > at.ndim else at
         return mx.put_along_axis(x, at, values.astype(x.dtype), axis=2)
 
     def add_product(self, x: Array, left: Array, right: Array) -> Array:
         return mx.addmm(x, left, right)
-
-    def together(self, x: Array, others: Sequence[Array]) -> Array:
-        return mx.depends([x], list(others))[0]
 
     def step_dtype(self, dtype: Any) -> Any:
         # the CPU multiplies 16-bit matrices slowly
@@ -174,27 +169,17 @@ class MLXBackend(Backend):
     def reset_peak_memory(self) -> None:
         mx.reset_peak_memory()
 
-    def pack_rows(self, keys: Array, values: Array) -> tuple[Array, Array]:
-        return self.kernels.run("pack_rows", pack_rows.KERNEL, super().pack_rows, keys, values)
-
     def rebuild_rows(self, stored: Stored, rows: Array) -> Array:
         return self.kernels.run(
             "rebuild_rows", rebuild_rows.KERNEL, super().rebuild_rows, stored, rows
         )
 
-    def choose_rows(
-        self,
-        worth: Array,
-        kept_rows: Array | None,
-        n_rebuilt: int,
-        n_swapped: int,
-    ) -> Choice:
-        return self.kernels.run(
-            "choose_rows",
-            choose_rows.KERNEL,
-            super().choose_rows,
-            *(worth, kept_rows, n_rebuilt, n_swapped),
-        )
+    def choose_rows(self, worth: Array, count: int) -> Array:
+        return self.kernels.run("choose_rows", choose_rows.KERNEL, self._best_rows, worth, count)
+
+    def _best_rows(self, worth: Array, count: int) -> Array:
+        # rising, as the kernel writes them: neighbours in memory follow each other
+        return mx.sort(super().choose_rows(worth, count), axis=-1)
 
     def rebuild_keys(self, stored: Stored, rows: Array, queries: Array) -> tuple[Array, Array]:
         return self.kernels.run(

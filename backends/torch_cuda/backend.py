@@ -146,10 +146,10 @@ class TorchBackend(Backend):
         at = at.long() if x.ndim == at.ndim else at.long()[..., None]
         return torch.take_along_dim(x, at, dim=2)
 
-    def put_along(self, x: Array, at: Array, values: Array, in_place: bool = False) -> Array:
+    def put_along(self, x: Array, at: Array, values: Array) -> Array:
         at = at.long() if x.ndim == at.ndim else at.long()[..., None].expand_as(values)
         values = values.to(x.dtype).expand_as(at)
-        return x.scatter_(2, at, values) if in_place else x.scatter(2, at, values)
+        return x.scatter(2, at, values)
 
     def add_product(self, x: Array, left: Array, right: Array) -> Array:
         if len(right) < len(left):
@@ -192,11 +192,6 @@ class TorchBackend(Backend):
             triton_kernels.ATTEND_DENSE,
             super().attend_dense,
             *(queries, dense, sinks),
-        )
-
-    def pack_rows(self, keys: Array, values: Array) -> tuple[Array, Array]:
-        return self.kernels.run(
-            "pack_rows", triton_kernels.PACK_ROWS, super().pack_rows, keys, values
         )
 
     def rebuild_rows(self, stored: Stored, rows: Array) -> Array:

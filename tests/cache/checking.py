@@ -60,20 +60,19 @@ class Checking:
         seen = np.arange(offset - n_queries, offset)[:, None] >= np.arange(offset)
         # a mask is any mask: it is seen to, over every row
         mask = self.backend.from_numpy(seen) if self.random.random() < 0.2 else None
-        rows = layer.view.filled()
-        layer.rows = rows
+        rows = layer.rows
         if s.is_exact:
             keys, values = pair.keys[layer_idx].copy(), pair.values[layer_idx].copy()
         else:
             keys, values = (np.array(self.backend.to_numpy(x)) for x in layer.dense())
         beside = [x.copy() for x in (keys, values)]
-        kept = self.kept(rows, *beside)
+        recent = self.with_recent(rows, *beside)
         with spied_rows(self.backend) as rebuilt:
             got = self.backend.to_numpy(layer.attend(queries, scale, mask))
         attended = np.broadcast_to(seen, (s.batch, s.n_kv_heads, n_queries, offset)).copy()
         if rebuilt:
             keys, values = beside
-            chosen = [rebuilt[0], *kept]
+            chosen = [rebuilt[0], *recent]
             self.check_chosen(layer_idx, rows, chosen)
             start, end = rows.start, rows.start + rows.n_segment
             attended[..., start:end] = False
@@ -86,23 +85,23 @@ class Checking:
         error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-6)
         assert error <= 2e-3, (error, layer.rows.n_segment)
 
-    def kept(self, rows: LayerRows, keys: np.ndarray, values: np.ndarray) -> list[np.ndarray]:
-        """Numbers of a working set's rows; they go into all rows as the slots hold them."""
-        if not rows.n_kept:
+    def with_recent(self, rows: LayerRows, keys: np.ndarray, values: np.ndarray) -> list[Any]:
+        """Numbers of recent rows; they go into all rows as they are held."""
+        if rows.recent is None:
             return []
-        assert rows.slots is not None
-        numbers = np.array(self.backend.to_numpy(rows.slots.rows))
-        for all_rows, held in ((keys, rows.slots.keys), (values, rows.slots.values)):
-            kept = held(self.backend, keys.shape[-1], self.backend.xp.float32)
-            at = numbers[..., None] + rows.start
-            np.put_along_axis(all_rows, at, self.backend.to_numpy(kept), axis=2)
-        return [numbers]
+        end = rows.start + rows.n_segment
+        places = slice(end - rows.n_recent, end)
+        for all_rows, held in ((keys, rows.recent.keys), (values, rows.recent.values)):
+            recent = held(self.backend, keys.shape[-1], self.backend.xp.float32)
+            all_rows[:, :, places] = self.backend.to_numpy(recent)
+        numbers = np.arange(rows.n_segment - rows.n_recent, rows.n_segment)
+        return [np.broadcast_to(numbers, (*keys.shape[:2], rows.n_recent))]
 
     def check_chosen(self, layer_idx: int, rows: LayerRows, chosen: list[np.ndarray]) -> None:
         """As many rows as the configuration says, each once."""
-        n_rebuilt = self.setting.config.rebuilt_at(rows.n_segment, rows.n_kept)
-        assert [x.shape[-1] for x in chosen] == [n_rebuilt, rows.n_kept][: len(chosen)]
-        for each in np.concatenate(chosen, axis=-1).reshape(-1, n_rebuilt + rows.n_kept):
+        n_rebuilt = self.setting.config.rebuilt_at(rows.n_segment, rows.n_recent)
+        assert [x.shape[-1] for x in chosen] == [n_rebuilt, rows.n_recent][: len(chosen)]
+        for each in np.concatenate(chosen, axis=-1).reshape(-1, n_rebuilt + rows.n_recent):
             assert len(set(each.tolist())) == len(each), (layer_idx, each)
             assert each.min() >= 0 and each.max() < rows.n_segment
 

@@ -25,7 +25,7 @@ def test_rows_after_an_edit_are_attended_to(backend):
     talk = Conversation(backend, rank=128, rank_k="full", rank_v="full", budget=100)
     talk.say(400)
     talk.reply(1)
-    assert talk.cache.layers[0].rows.n_kept
+    assert talk.cache.layers[0].rows.n_recent
     talk.trim_to(100)
     talk.say(110)
     talk.reply(3)

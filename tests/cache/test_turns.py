@@ -9,7 +9,6 @@ import pytest
 
 from tests.cache.conversation import WIDTH, Conversation
 from xkv import load_backend
-from xkv.cache.rows import LayerRows
 from xkv.checks.invariants import broken_invariants
 
 
@@ -54,19 +53,20 @@ def test_later_rows_that_fit_badly_are_reported(backend, form):
     assert talk.error(last=60) == pytest.approx(share**0.5, rel=0.3)
 
 
-def test_a_working_set_grows_with_the_segment(backend):
-    """Up to what is its own at a prompt of that length, and no step makes it anew."""
+def test_recent_rows_move_on_with_the_segment(backend):
+    """They are its last rows, as they were computed, and more as a conversation grows."""
     talk = Conversation(backend, rank_k=12, rank_v=12, budget=100, kept_share=0.5)
     talk.say(402)
     talk.reply(1)
     first = talk.cache.layers[0]
     # half of an eighth of the rows, and 7 in the bytes of 4
-    assert first.rows.n_kept == 402 * 7 // 64
-    numbers = backend.to_numpy(first.rows.slots.rows)
-    np.testing.assert_array_equal(numbers[0, 0], np.arange(384 - 43, 384))
+    assert first.rows.n_recent == 402 * 7 // 64
+    before = first.rows.recent
     talk.reply(120)
-    assert first.rows.n_segment * 7 // 64 < first.rows.n_kept <= first.offset * 7 // 64
+    assert first.rows.n_segment * 7 // 64 < first.rows.n_recent <= first.offset * 7 // 64
     assert broken_invariants(talk.cache) == []
+    # what was held before is as it was
+    assert before.n_rows == 402 * 7 // 64
 
 
 @pytest.mark.parametrize("n_trimmed", [5, 30, 60, 120, 290])
@@ -81,40 +81,40 @@ def test_trim_reaches_every_part(backend, n_trimmed, attention):
     assert talk.error() < 1e-4 and broken_invariants(talk.cache) == []
 
 
-def test_slots_hold_no_row_that_was_cut_off(backend):
+def test_recent_rows_that_are_cut_off_are_gone(backend):
     talk = Conversation(backend, rank_k=12, rank_v=12, kept_share=0.5, budget=80)
     talk.say(402)
     talk.reply(1)
-    for n_left, n_kept in ((380, 43), (200, 43), (50, 43), (20, 18)):
+    first = talk.cache.layers[0]
+    n_stored = first.offset - first.rows.n_tail
+    for n_left, n_recent in ((395, 43), (380, 43 - (n_stored - 380)), (300, 0), (20, 0)):
         talk.trim_to(n_left)
-        rows = talk.cache.layers[0].rows
-        assert rows.n_kept == n_kept
-        assert backend.to_numpy(rows.slots.rows).max() == rows.n_segment - 1
+        assert talk.cache.layers[0].rows.n_recent == n_recent
         assert broken_invariants(talk.cache) == []
-    assert talk.error() < 1e-4
+        assert talk.error() < 1e-4
+    talk.reply(150)
+    # as many as came since
+    assert talk.cache.layers[0].rows.n_recent > 10
+    assert broken_invariants(talk.cache) == []
 
 
-def test_a_slot_that_holds_another_row_than_it_names_is_noticed(backend):
+def test_recent_rows_of_other_rows_are_noticed(backend):
     """By the invariants that every sequence of the state machine ends with."""
     talk = Conversation(backend, rank=WIDTH, rank_k="full", rank_v="full", budget=100)
     talk.say(402)
     talk.reply(1)
     layer = talk.cache.layers[0]
-    rows, slots = layer.rows, layer.rows.slots
-    numbers = np.array(backend.to_numpy(slots.rows))
-
-    def naming(others: np.ndarray) -> LayerRows:
-        return rows._replace(slots=slots._replace(rows=backend.from_numpy(others)))
-
+    rows, recent = layer.rows, layer.rows.recent
+    shifted = backend.xp.roll(recent.numbers, 1, axis=2)
     faults = {
-        "another row": naming(numbers - 1),
-        "kept twice": naming(numbers * 0 + numbers[..., :1]),
-        "none of the segment": rows._replace(n_segment=rows.n_segment - 1),
-        "of 42 slots": rows._replace(n_kept=42),
+        "those of other rows": recent._replace(numbers=shifted),
+        "recent numbers and scales": recent._replace(scales=recent.scales[:, :, :-1]),
     }
     for sentence, fault in faults.items():
-        layer.rows = fault
+        layer.rows = rows._replace(recent=fault)
         assert any(sentence in x for x in broken_invariants(talk.cache)), sentence
+    layer.rows = rows._replace(n_segment=rows.n_segment - 1)
+    assert any("those of other rows" in x for x in broken_invariants(talk.cache))
     layer.rows = rows
     assert broken_invariants(talk.cache) == []
 

@@ -107,7 +107,7 @@ def test_command_writes_page_plots_and_numbers(capsys, tmp_path):
     assert report["groups"] == [[0, 1, 2], [3, 4, 5], [6, 7]]
     assert report["dense_bytes"] / report["held_bytes"] == pytest.approx(2, rel=0.05)
     plots = {path.stem: path.read_bytes() for path in out.glob("*.png")}
-    of_set = {"working_set", "swaps"}
+    of_set = {"working_set", "repeats"}
     names = {"spectra", "similarity", "errors", "bands"} | of_set
     assert set(plots) == set(report["captions"]) == names
     assert all(data.startswith(b"\x89PNG") and len(data) > 10_000 for data in plots.values())

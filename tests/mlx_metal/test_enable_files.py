@@ -36,7 +36,7 @@ def test_saved_cache_continues_the_same(tmp_path, model, hybrid, functions, kind
     assert metadata["a"] == "b"
     assert greedy(model, again, prompt[:30]) == want
     if kind == "working set":
-        assert again[0].layer.rows.n_kept
+        assert again[0].layer.rows.n_recent
     if kind == "llama":
         assert again[0].layer.group is again[1].layer.group is not again[2].layer.group
     if kind == "hybrid":

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.skipif(
     not CLANG[0], reason="needs clang, which `pip install ziglang` brings, and there is none"
 )
 
-CASE = DecodeCase(40, 4, 2, 64, 37, 8, n_kept=8, n_rebuilt=9)
+CASE = DecodeCase(40, 4, 2, 64, 37, 8, n_recent=8, n_rebuilt=9)
 FLAGS = (
     "-x clcpp -cl-std=clc++2021 -cl-no-stdinc -target spir64 -Wno-unknown-attributes "
     "-Werror -fsyntax-only"

@@ -23,7 +23,7 @@ from xkv.ops.types import RopeRun
 
 pytest_plugins = ["tests.metal_device"]
 
-PLAIN = DecodeCase(300, 20, 2, 64, 70, 8, batch=2, n_kept=0, n_queries=2)
+PLAIN = DecodeCase(300, 20, 2, 64, 70, 8, batch=2, n_recent=0, n_queries=2)
 """Two blocks, three tiles, and a KV head whose queries are in two tiles."""
 PACKED = replace(PLAIN, bits=(5, 8, 4, 3, 2))
 SHORT = replace(PLAIN, n_heads=2, n_queries=1, n_rows=9)

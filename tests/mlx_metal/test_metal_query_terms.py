@@ -22,7 +22,14 @@ pytest_plugins = ["tests.metal_device"]
 
 CASE = DecodeCase(
     *(8, 6, 2, 128, 11, 8),
-    **{"n_kept": 0, "n_rebuilt": 1, "n_queries": 3, "batch": 2, "rope_dims": 80, "rope_scale": 1.2},
+    **{
+        "n_recent": 0,
+        "n_rebuilt": 1,
+        "n_queries": 3,
+        "batch": 2,
+        "rope_dims": 80,
+        "rope_scale": 1.2,
+    },
 )
 """Six whole tiles of columns and one of six; one whole tile of pairs and one of eight."""
 TRADITIONAL, ROTATED = replace(CASE, traditional=True), replace(CASE, rope_dims=None)

@@ -22,7 +22,7 @@ from xkv.ops.types import RopeRun, RopeSpec, Stored
 
 pytest_plugins = ["tests.metal_device"]
 
-PLAIN = DecodeCase(136, 8, 2, 64, 37, 8, batch=2, n_kept=0, rope_scale=1.2)
+PLAIN = DecodeCase(136, 8, 2, 64, 37, 8, batch=2, n_recent=0, rope_scale=1.2)
 """Two tiles, two steps of the product, and a rotation that scales."""
 PACKED = replace(PLAIN, bits=(8, 6, 5, 4, 3, 2))
 MOST_THREADGROUP_BYTES = 25_000

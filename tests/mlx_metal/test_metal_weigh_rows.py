@@ -21,7 +21,7 @@ from xkv.ops.latent import Latent
 
 pytest_plugins = ["tests.metal_device"]
 
-PLAIN = DecodeCase(400, 20, 2, 64, 8, 101, batch=2, n_kept=0, n_rebuilt=150)
+PLAIN = DecodeCase(400, 20, 2, 64, 8, 101, batch=2, n_recent=0, n_rebuilt=150)
 """Two bands, the last one not whole; two tiles of rows and of queries."""
 PACKED = replace(PLAIN, bits=(8, 6, 5, 4, 3, 2))
 LONG = replace(PLAIN, n_rows=600, n_heads=6, n_rebuilt=530)

@@ -221,7 +221,7 @@ def test_budget_that_covers_everything_is_exact(llama):
         np.testing.assert_allclose(
             logits_after(llama, cache), logits_after(llama, native), atol=1e-4
         )
-    assert cache[0].layer.rows.n_kept == 0
+    assert cache[0].layer.rows.n_recent == 0
 
 
 def test_layers_outside_the_groups_keep_their_native_cache(llama):

@@ -15,13 +15,14 @@ from xkv.checks.operations import OPERATIONS
 from xkv.checks.tolerances import PLAIN_TOLERANCE, relative_error
 from xkv.ops.attention import attend_all, rebuild_all
 from xkv.ops.backend import Backend
+from xkv.ops.recent import packed
 from xkv.ops.scores import Dense
 from xkv.ops.types import RopeRun, RopeSpec, Segment
 from xkv.ops.working_set import attend_set
 
 DECODING = (
     *("attend_dense", "query_terms", "absorbed_queries", "index_scores", "choose_rows"),
-    *("pack_rows", "rebuild_keys", "rebuild_rows keys", "rebuild_rows values", "weigh_rows"),
+    *("rebuild_keys", "rebuild_rows keys", "rebuild_rows values", "weigh_rows"),
     *("attend_all", "attend_set"),
 )
 
@@ -83,15 +84,14 @@ def test_planted_fault_exceeds_the_bound_tenfold(
     assert error > 10 * PLAIN_TOLERANCE["float32"]
 
 
-def whole(backend: Backend, x: DecodeInputs, with_slots: bool = True) -> tuple[Any, Any]:
-    """Keys and values of every row: those of the segment, as slots hold them, then dense ones."""
-    found, slots = [], x.dense.slots
+def whole(backend: Backend, x: DecodeInputs, with_recent: bool) -> tuple[Any, Any]:
+    """Keys and values of every row: those of the segment, recent ones, then dense ones."""
+    found, recent = [], x.dense.recent
     for name, stored in zip(("keys", "values"), x.segment, strict=True):
-        rows = rebuild_all(backend, stored)
-        if with_slots and slots is not None:
-            kept = getattr(slots, name)(backend, x.case.head_dim, rows.dtype)
-            rows = backend.put_along(rows, slots.rows, kept)
-        found.append(backend.xp.concat([rows, getattr(x.dense, name)], axis=-2))
+        rows = [rebuild_all(backend, stored), getattr(x.dense, name)]
+        if with_recent and recent is not None:
+            rows.insert(1, getattr(recent, name)(backend, x.case.head_dim, rows[0].dtype))
+        found.append(backend.xp.concat(rows, axis=-2))
     return tuple(found)
 
 
@@ -99,7 +99,7 @@ def whole(backend: Backend, x: DecodeInputs, with_slots: bool = True) -> tuple[A
 def test_attention_is_attention_over_the_rebuilt_rows(reference, case):
     x = make_inputs(reference, case, "float32", exact=True)
     for name in ("attend_all", "attend_set"):
-        rows = whole(reference, x, with_slots=name == "attend_set")
+        rows = whole(reference, x, with_recent=name == "attend_set")
         want = reference.attention(x.queries, *rows, x.scale, None)
         got = OPERATIONS[name](reference, x, "float32")
         assert relative_error(*map(reference.to_numpy, (got, want))) < 1e-12
@@ -131,12 +131,11 @@ def test_sinks_take_their_part_of_each_heads_weights(name, run):
     x = make_inputs(backend, CASES[6], "float32")
     sinks = backend.from_numpy(np.linspace(-2, 5, 8).astype(np.float32))
     given = backend, x.queries, x.segment, x.dense, x.scale
-    # before a step writes into the slots
-    rows = whole(backend, x, with_slots=run == "set")
+    rows = whole(backend, x, with_recent=run == "set")
     if run == "all":
         got = attend_all(*given, sinks=sinks)
     else:
-        got, _ = attend_set(*given, x.case.n_rows - x.case.n_kept, sinks)
+        got = attend_set(*given, x.case.n_rows, sinks)
     keys, values = (np.repeat(backend.to_numpy(each), 4, axis=1) for each in rows)
     scores = backend.to_numpy(x.queries) @ keys.swapaxes(-1, -2) * x.scale
     weights = np.exp(scores - scores.max(-1, keepdims=True))
@@ -159,27 +158,25 @@ def test_rows_of_several_rope_runs_are_each_rotated_by_their_own(name):
 
 
 @pytest.mark.parametrize("name", ["mlx", "torch"])
-def test_a_swap_brings_in_the_best_rows_for_the_worst(name):
-    """Over some steps of one query, the slots come to hold the rows that it wants most."""
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_recent_rows_are_off_by_half_a_step_of_127(name, dtype):
     backend = load_backend(name, kernels="off")
-    x = make_inputs(backend, replace(CASES[0], n_rows=200, n_kept=24), "float32")
-    slots = x.dense.slots
-    for _ in range(12):
-        before = set(backend.to_numpy(slots.rows)[0, 0].tolist())
-        dense = x.dense._replace(slots=slots)
-        _, slots = attend_set(backend, x.queries, x.segment, dense, x.scale, 8)
-        after = set(backend.to_numpy(slots.rows)[0, 0].tolist())
-        assert len(after - before) == 6
-    for name, stored in zip(("keys", "values"), x.segment, strict=True):
-        want = backend.take_along(rebuild_all(backend, stored), slots.rows)
-        held = getattr(slots, name)(backend, x.case.head_dim, want.dtype)
-        # half a step of 127
-        assert relative_error(*map(backend.to_numpy, (held, want))) < 0.01
-    scores = backend.to_numpy(OPERATIONS["index_scores"](backend, x, "float32"))
-    for numbers, worth in zip(backend.to_numpy(slots.rows)[0], scores[0], strict=True):
-        assert len(set(numbers.tolist())) == 24
-        best = np.argsort(-worth)
-        assert set(best[:18]) <= set(numbers) <= set(best[:30])
+    random = np.random.default_rng(0).standard_normal((2, 3, 9, 80)).astype(np.float32)
+    random[0, 1, 2] = 0
+    random[1, 2] *= 1e3
+    keys, values = (
+        backend.xp.astype(backend.from_numpy(x), getattr(backend.xp, dtype))
+        for x in (random[..., :48], random[..., 48:])
+    )
+    recent = packed(backend, keys, values)
+    assert (recent.n_rows, recent.numbers.shape, recent.scales.shape) == (
+        *(9, (2, 3, 9, 80), (2, 3, 9, 2)),
+    )
+    for rows, want in ((recent.keys, keys), (recent.values, values)):
+        held = backend.to_numpy(rows(backend, 48, backend.xp.float32))
+        want = backend.to_numpy(want).astype(np.float32)
+        largest = np.abs(want).max(-1, keepdims=True)
+        assert (np.abs(held - want) <= largest / 127 * 0.5001).all()
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])

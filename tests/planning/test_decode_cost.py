@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -14,13 +14,11 @@ from xkv import XKVConfig
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.checks.decode_step import DecodeStep, StepShape
 from xkv.ops.attention import attend_all
-from xkv.ops.working_set import SWAP_STEPS, Choice, attend_set
+from xkv.ops.working_set import attend_set
 from xkv.planning.chips import CHIPS, LENGTHS, MODELS, Chip, milliseconds
 from xkv.planning.decode_cost import (
-    LAUNCHES,
     TOPK_LAUNCHES,
     LayerShape,
-    Parts,
     StepWork,
     every_row,
     full_cache,
@@ -39,18 +37,12 @@ SHAPES = {
 VIEWS = {"Broadcast", "ExpandDims", "Reshape", "Slice", "Squeeze", "Transpose"}
 CONFIG = XKVConfig(compression=8)
 KERNELS = {"attend_dense", "query_terms", "index_scores", "choose_rows"}
-KERNELS |= {"pack_rows", "rebuild_rows", "rebuild_keys", "weigh_rows"}
+KERNELS |= {"rebuild_rows", "rebuild_keys", "weigh_rows"}
 TRITON = KERNELS - {"choose_rows"}
-MOST_LAUNCHES = 16
+MOST_LAUNCHES = 11
 """Of a layer's step on Metal."""
 MORE_WITHOUT = 150
 """Launches, at most, where plain operations take the place of Triton's kernels."""
-
-
-def of_swapping_step(parts: Parts, launches: int = 0) -> Parts:
-    """Counted is an average; what runs here swaps, in so many launches."""
-    n_bytes, flops, _ = (SWAP_STEPS * n for n in astuple(parts["swap"]))
-    return {**parts, "swap": StepWork(n_bytes, flops, launches)}
 
 
 @pytest.mark.parametrize("n_tokens", [1500, 4200])
@@ -60,7 +52,7 @@ def test_products_by_formula_are_those_that_run(reference, shape, n_tokens):
     layer, config = step.layer, step.config
     for name, parts in {
         "every row": every_row(layer, config, n_tokens),
-        "working set": of_swapping_step(working_set(layer, config, n_tokens, is_metal=False)),
+        "working set": working_set(layer, config, n_tokens, is_metal=False),
     }.items():
         with FlopCounterMode(display=False) as counter:
             step.forms()[name]()
@@ -94,7 +86,7 @@ class OneNodeEach(MLXBackend):
         if "attend_dense" not in self.with_kernel:
             return super().attend_dense(queries, dense, sinks)
         shapes = queries.shape, queries.shape[:3]
-        held = [*dense[:2], *dense.slots[:2]]
+        held = [*dense[:2], *dense.recent]
         return _nodes(shapes, (queries.dtype, mx.float32), queries, *held)
 
     def query_terms(self, queries, basis, spec):
@@ -109,17 +101,10 @@ class OneNodeEach(MLXBackend):
         shape = (absorbed.shape[0], n_kv_heads, latent.shape[1])
         return _node(shape, mx.float32, absorbed, offsets, *latent.arrays)
 
-    def choose_rows(self, worth, kept_rows, n_rebuilt, n_swapped):
+    def choose_rows(self, worth, count):
         if "choose_rows" not in self.with_kernel:
-            return super().choose_rows(worth, kept_rows, n_rebuilt, n_swapped)
-        shapes = [(*worth.shape[:2], n) for n in (n_rebuilt, n_swapped, n_swapped)]
-        return Choice(*_nodes(shapes, [mx.int32] * 3, worth, kept_rows))
-
-    def pack_rows(self, keys, values):
-        if "pack_rows" not in self.with_kernel:
-            return super().pack_rows(keys, values)
-        shapes = (*keys.shape[:3], keys.shape[3] + values.shape[3]), (*keys.shape[:3], 2)
-        return _nodes(shapes, (mx.int8, mx.float32), keys, values)
+            return self.top_indices(worth, count)
+        return _node((*worth.shape[:2], count), mx.int32, worth)
 
     def rebuild_rows(self, stored, rows):
         if "rebuild_rows" not in self.with_kernel:
@@ -179,9 +164,8 @@ def count_step(shape: StepShape, n_tokens: int, kernels: set[str]) -> int:
     step = DecodeStep(backend, replace(shape, dtype="float16"), n_tokens)
 
     def graph():
-        inputs = step.wide_queries(), step.segment(), step.dense, step.scale
-        output, slots = attend_set(backend, *inputs, step.n_rebuilt)
-        return [output, *slots]
+        inputs = step.wide_queries(), step.segment(step.n_recent), step.dense, step.scale
+        return [attend_set(backend, *inputs, step.n_rebuilt)]
 
     graph()
     # tables of angles are kept from the step before
@@ -193,14 +177,14 @@ def count_step(shape: StepShape, n_tokens: int, kernels: set[str]) -> int:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_launches_by_formula_are_the_nodes_of_the_graph(shape, n_tokens):
     layer, config = replace(shape, dtype="float16").layer(n_tokens), shape.config
-    parts = of_swapping_step(working_set(layer, config, n_tokens), LAUNCHES["swap"])
+    parts = working_set(layer, config, n_tokens)
     on_metal = total(parts).launches
     assert on_metal <= MOST_LAUNCHES
     # without writing the new token's rows
     assert count_step(shape, n_tokens, KERNELS) == on_metal - 2
     # a selection is one node here
     parts = working_set(layer, config, n_tokens, is_metal=False)
-    in_triton = total(of_swapping_step(parts, LAUNCHES["swap"])).launches
+    in_triton = total(parts).launches
     in_triton -= TOPK_LAUNCHES - 1
     assert count_step(shape, n_tokens, TRITON) == in_triton - 2
     assert count_step(shape, n_tokens, set()) <= in_triton + MORE_WITHOUT
@@ -242,7 +226,7 @@ def test_values_of_all_columns_get_more_bits():
     keys, values = planned_bits(
         CacheShape((GroupShape(4, 8, 128, 128),), 2), XKVConfig(compression=4), 131072
     )[0]
-    assert len(keys) == 46 and values == (4,) * 64
+    assert len(keys) == 47 and values == (4,) * 64
     keys, values = planned_bits(
         CacheShape((GroupShape(4, 8, 128, 128),), 2), XKVConfig(compression=3), 131072
     )[0]
@@ -258,7 +242,7 @@ def test_short_caches_are_dense_and_middling_ones_attend_to_every_row():
     assert working_set(LayerShape(8, layer.group, 2), CONFIG, 8192) == full_cache(layer, 8192)
 
 
-def test_only_the_index_and_kept_rows_grow_with_the_length():
+def test_only_the_index_and_recent_rows_grow_with_the_length():
     layer = SMALL.layer(32768)
     short, long = (working_set(layer, CONFIG, n) for n in (32768, 131072))
     assert {name for name in short if long[name].flops > short[name].flops} == {
@@ -266,7 +250,7 @@ def test_only_the_index_and_kept_rows_grow_with_the_length():
         "index scores",
         "dense rows",
     }
-    assert long["values"] == short["values"] and long["swap"] == short["swap"]
+    assert long["values"] == short["values"]
 
 
 def test_a_long_choice_reads_little_but_its_scores():

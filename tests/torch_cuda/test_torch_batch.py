@@ -56,7 +56,7 @@ def test_padded_batch_is_compressed_as_each_sequence_alone(form):
     assert greedy(model, *padded(prompts_of(lengths)), cache=batch) == alone
     layers = [sequence.layers[0] for sequence in batch.sequences]
     assert all(layer.is_compressed for layer in layers)
-    assert all(bool(layer.rows.n_kept) == (form == "set") for layer in layers)
+    assert all(bool(layer.rows.n_recent) == (form == "set") for layer in layers)
     assert batch.held_bytes() == held
 
 

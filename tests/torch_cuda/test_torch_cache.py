@@ -131,7 +131,7 @@ def test_decode_step_never_waits_for_the_device(monkeypatch, attention, n_paddin
     greedy(model, prompt, mask, n=21, cache=cache)  # rows were folded meanwhile
     layers = [sequence.layers[0] for sequence in cache.sequences]
     assert all(
-        layer.rows.n_segment > 300 and bool(layer.rows.n_kept) == (attention == "auto")
+        layer.rows.n_segment > 300 and bool(layer.rows.n_recent) == (attention == "auto")
         for layer in layers
     )
     mask = torch.ones(2, cache.get_seq_length() + 1, dtype=torch.long)

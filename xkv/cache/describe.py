@@ -14,14 +14,15 @@ def describe(cache: LowRankCache) -> str:
         return "nothing compressed"
     widths = "+".join(str(len(group.layers)) for group in cache.groups)
     first = cache.groups[0].layers[0]
-    n_rebuilt = cache.config.rebuilt_at(first.n_segment, first.n_kept)
+    n_rebuilt = cache.config.rebuilt_at(first.n_segment, first.n_recent)
     attention = "every row is attended to"
     if n_rebuilt is not None:
-        kept = sum(layer.kept_bytes for group in cache.groups for layer in group.layers)
+        recent = [layer.recent for group in cache.groups for layer in group.layers]
+        held = sum(x.nbytes for rows in recent if rows is not None for x in rows)
         attention = (
-            f"{first.n_kept + n_rebuilt} of {first.n_segment} stored rows are attended to: "
-            f"{first.n_kept} kept between steps, {kept / 1e6:.3f} MB of what is held, and "
-            f"{n_rebuilt} rebuilt in each"
+            f"{first.n_recent + n_rebuilt} of {first.n_segment} stored rows are attended to: the "
+            f"last {first.n_recent}, in 8 bits {held / 1e6:.3f} MB of what is held, and "
+            f"{n_rebuilt} rebuilt in each step"
         )
     return f"layers {widths}, {describe_factors(cache)}, {attention}"
 

@@ -5,7 +5,7 @@ Where keys are un-rotated: :meth:`LayerView.plain_rows`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from xkv.cache.rows import LayerRows
@@ -20,9 +20,8 @@ from xkv.ops.attention import (
 )
 from xkv.ops.backend import Backend
 from xkv.ops.scores import Dense, is_past
-from xkv.ops.slots import Slots
 from xkv.ops.types import Array, Segment, Stored
-from xkv.ops.working_set import SWAP_STEPS, attend_set
+from xkv.ops.working_set import attend_set
 from xkv.store.store import Store
 
 FUSED_QUERIES = 65
@@ -45,20 +44,22 @@ class LayerView:
     def _of(self, name: str) -> Store | None:
         return self.keys if name == "keys" else self.values
 
-    def segment(self, dtype: Any) -> Segment:
+    def segment(self, dtype: Any, n_recent: int = 0) -> Segment:
         """The compressed rows, as the backend's operations take them.
 
         Args:
             dtype: Of the bases, and so of the arithmetic.
+            n_recent: Last rows that are left out.
 
         Raises:
             InputError: If the group's values are not factored.
         """
         if self.keys is None or self.values is None:
             raise InputError("values that stay dense have no segment")
+        end = self.rows.n_segment - n_recent
         return Segment(
-            self._stored("keys", self.keys, 0, self.rows.n_segment, dtype),
-            self._stored("values", self.values, 0, self.rows.n_segment, dtype),
+            self._stored("keys", self.keys, 0, end, dtype),
+            self._stored("values", self.values, 0, end, dtype),
         )
 
     def _stored(self, name: str, store: Store, start: int, end: int, dtype: Any) -> Stored:
@@ -121,7 +122,7 @@ class LayerView:
         config: XKVConfig,
         sinks: Array | None = None,
         n_new: Array | None = None,
-    ) -> tuple[Array, LayerRows]:
+    ) -> Array:
         """Attention of the newest tokens over the whole layer.
 
         Args:
@@ -135,7 +136,7 @@ class LayerView:
                 one query over a compressed layer.
 
         Returns:
-            ``[B, n_heads, Lq, value_dim]``, and the layer with its working set after it.
+            ``[B, n_heads, Lq, value_dim]``
         """
         backend, layer, xp = self.backend, self.rows, self.backend.xp
         n_queries = queries.shape[-2]
@@ -144,22 +145,17 @@ class LayerView:
             keys, values = self.dense()
             if mask is None and n_queries > 1:
                 mask = is_past(backend, layer.offset, n_queries)
-            return backend.attention(queries, keys, values, scale, mask), layer
+            return backend.attention(queries, keys, values, scale, mask)
         n_rebuilt = None
         if mask is None and not is_long:
-            n_rebuilt = config.rebuilt_at(layer.n_segment, layer.n_kept)
+            n_rebuilt = config.rebuilt_at(layer.n_segment, layer.n_recent)
         wide = xp.astype(queries, backend.step_dtype(queries.dtype))
-        segment, dense = self.segment(wide.dtype), self._dense_rows(n_rebuilt is not None, n_new)
         if n_rebuilt is not None:
-            n_tokens = layer.offset + (n_new is not None)
-            is_swapping = (n_tokens + self.index) % SWAP_STEPS == 0
-            output, slots = attend_set(
-                backend, wide, segment, dense, scale, n_rebuilt, sinks, is_swapping
-            )
-            if slots is not layer.slots:
-                layer = layer._replace(slots=slots)
-                output = backend.together(output, layer.arrays)
-            return xp.astype(output, queries.dtype), layer
+            segment, dense = self.segment(wide.dtype, layer.n_recent), self._at_hand(n_new)
+            dense = dense._replace(recent=layer.recent)
+            output = attend_set(backend, wide, segment, dense, scale, n_rebuilt, sinks)
+            return xp.astype(output, queries.dtype)
+        segment, dense = self.segment(wide.dtype), self._at_hand(n_new)
         if mask is None and n_queries > 1:
             mask = is_past(backend, layer.offset, n_queries)
         if mask is not None:
@@ -167,7 +163,7 @@ class LayerView:
             parts = [mask[..., start:end], mask[..., :start], mask[..., end:]]
             mask = xp.concat(parts, axis=-1)
         output = attend_all(backend, wide, segment, dense, scale, mask, sinks)
-        return xp.astype(output, queries.dtype), layer
+        return xp.astype(output, queries.dtype)
 
     def attend_latent(self, queries: Array, scale: float, bias: Array) -> Array:
         """:func:`xkv.ops.attention.attend_latent` over the keys of a compressed layer."""
@@ -180,30 +176,12 @@ class LayerView:
         output = attend_latent(backend, wide, stored, beside, scale, bias)
         return xp.astype(output, queries.dtype)
 
-    def _dense_rows(self, with_slots: bool, n_new: Array | None = None) -> Dense:
-        """All that is not in the segment, and the working set."""
-        layer = self.rows
-        slots = layer.slots if with_slots else None
+    def _at_hand(self, n_new: Array | None) -> Dense:
+        """All that is not in the segment."""
+        keys, values = self.rows.keys, self.rows.values
         if n_new is None:
-            return Dense(layer.keys.rows, layer.values.rows, None, slots)
-        n_used = n_new + layer.keys.n_rows
-        return Dense(layer.keys.allocated, layer.values.allocated, n_used, slots)
-
-    def filled(self) -> LayerRows:
-        """The rows with a working set of the segment's last rows, where slots are to be filled.
-
-        A segment of fewer rows than slots loses the others.
-        """
-        layer = self.rows
-        if layer.slots is not None or not layer.n_kept:
-            return layer
-        n_kept, end = min(layer.n_kept, layer.n_segment), layer.n_segment
-        if not n_kept:
-            return layer._replace(n_kept=0)
-        assert self.keys is not None and self.values is not None
-        keys = self._rebuild("keys", self.keys, end - n_kept, end)
-        values = self._rebuild("values", self.values, end - n_kept, end)
-        return layer._replace(n_kept=n_kept, slots=last_rows(self.backend, keys, values, end))
+            return Dense(keys.rows, values.rows)
+        return Dense(keys.allocated, values.allocated, n_new + keys.n_rows)
 
     def trimmed(self, n_tokens: int, has_dense_values: bool) -> LayerRows:
         """The rows without the last ``n_tokens``, of which there are as many.
@@ -215,27 +193,10 @@ class LayerView:
         from_segment = min(n_tokens - from_tail, layer.n_segment)
         layer = layer.without_last(from_tail)
         if from_segment:
-            # the slots may hold rows that were cut off
-            layer = layer._replace(n_segment=layer.n_segment - from_segment, slots=None)
-            layer = replace(self, rows=layer).filled()
+            recent = layer.recent and layer.recent.without_last(from_segment)
+            layer = layer._replace(n_segment=layer.n_segment - from_segment, recent=recent)
         layer = layer.without_last(n_tokens - from_tail - from_segment)
         if has_dense_values:
             kept = layer.values.n_rows - from_segment
             layer = layer._replace(values=layer.values.first(kept))
         return layer._replace(rope_runs=layer.runs_between(0, layer.offset))
-
-
-def last_rows(backend: Backend, keys: Array, values: Array, n_segment: int) -> Slots:
-    """Slots that hold the last rows of a segment of so many.
-
-    Args:
-        keys: These, ``[B, n_kv_heads, K, head_dim]``.
-        values: Theirs, ``[B, n_kv_heads, K, value_dim]``.
-        n_segment: Rows of the segment.
-    """
-    xp, n_kept = backend.xp, keys.shape[-2]
-    numbers = xp.astype(backend.positions(n_segment - n_kept, n_kept), xp.int32)
-    rows = backend.own(xp.broadcast_to(numbers, (*keys.shape[:2], n_kept)))
-    slots = Slots(*backend.pack_rows(keys, values), rows)
-    backend.evaluate(*slots)
-    return slots

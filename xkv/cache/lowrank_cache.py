@@ -6,7 +6,6 @@ import copy
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from xkv.cache import settling
@@ -111,9 +110,7 @@ class LowRankCache:
         states, kept = snapshot
         vars(self).update(kept)
         for group, state in zip(self.groups, states, strict=True):
-            # steps since then may have written into the slots of working sets
-            layers = tuple(layer._replace(slots=None) for layer in state.layers)
-            group.state = state._replace(layers=layers)
+            group.state = state
 
     def append(
         self, number: int, index: int, keys: Array, values: Array, rope: RopeSpec | None
@@ -273,13 +270,7 @@ class LayerCache:
 
     def attend(self, queries: Array, scale: float, mask: Array | None, **more: Any) -> Array:
         """:meth:`xkv.cache.layer.LayerView.attend`"""
-        rows = self.view.filled()
-        view = replace(self.view, rows=rows)
-        if rows.slots is not None:
-            # a step that ends while slots are written leaves them to be filled anew
-            self.rows = rows._replace(slots=None)
-        output, self.rows = view.attend(queries, scale, mask, self.cache.config, **more)
-        return output
+        return self.view.attend(queries, scale, mask, self.cache.config, **more)
 
     def arrays(self) -> list[Array]:
         """The arrays this layer holds, without the latents that its group shares."""

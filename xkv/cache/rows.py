@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from xkv.cache.row_buffer import RowBuffer
 from xkv.ops.backend import Backend
-from xkv.ops.slots import Slots
+from xkv.ops.recent import Recent
 from xkv.ops.types import Array, RopeRun, RopeSpec
 
 
@@ -23,10 +23,8 @@ class LayerRows(NamedTuple):
     """Position of the segment's first row."""
     n_segment: int = 0
     """Rows of the group's segment that this layer still uses; trimming lowers it."""
-    n_kept: int = 0
-    """Slots of the working set."""
-    slots: Slots | None = None
-    """These; None where they have to be filled anew."""
+    recent: Recent | None = None
+    """The last of these rows, as they were computed, in 8 bits; None for none."""
     rope_runs: tuple[RopeRun, ...] = ()
     """How the rows from position 0 on were rotated."""
 
@@ -61,14 +59,14 @@ class LayerRows(NamedTuple):
         return self.keys.row_bytes + self.values.row_bytes
 
     @property
-    def kept_bytes(self) -> int:
-        """The part of the bytes held that the working set takes."""
-        return 0 if self.slots is None else self.slots.nbytes
+    def n_recent(self) -> int:
+        """Rows of the segment that are in 8 bits too."""
+        return 0 if self.recent is None else self.recent.n_rows
 
     @property
     def arrays(self) -> list[Array]:
         """The arrays that no other layer has a part in."""
-        held = self.keys.allocated, self.values.allocated, *(self.slots or ())
+        held = self.keys.allocated, self.values.allocated, *(self.recent or ())
         return [x for x in held if x is not None]
 
     def appended(

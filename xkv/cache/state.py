@@ -23,7 +23,7 @@ from xkv.errors import InputError
 from xkv.ops.backend import Backend
 from xkv.ops.latent import Latent
 from xkv.ops.packed import Packed, Part
-from xkv.ops.slots import Slots
+from xkv.ops.recent import Recent
 from xkv.ops.types import Array, DynamicNTKRope, Rope, RopeRun, RopeSpec
 from xkv.store.model_basis import ModelBasis
 from xkv.store.ranks import BitPlan, ModelPlan, RankPlan
@@ -44,7 +44,7 @@ _PLANS: dict[str, Any] = {plan.__name__: plan for plan in (RankPlan, BitPlan, Mo
 _ROPES = {"fixed": RopeSpec, "dynamic": DynamicNTKRope}
 
 
-_COUNTS = ("start", "n_segment", "n_kept")
+_COUNTS = ("start", "n_segment")
 
 
 def write_layer(layer: LayerCache, rope: Rope | None) -> list[Array]:
@@ -64,8 +64,8 @@ def write_layer(layer: LayerCache, rope: Rope | None) -> list[Array]:
             basis = store.basis.layers[layer.index]
             bases[name] = [[x.bits, x.group_size] for x in basis.parts]
             arrays.update((f"{name}.basis.{i}", x) for i, x in enumerate(basis.arrays))
-    if rows.slots is not None:
-        arrays.update((f"slots.{i}", x) for i, x in enumerate(rows.slots))
+    if rows.recent is not None:
+        arrays.update((f"recent.{i}", x) for i, x in enumerate(rows.recent))
     about = {
         "format": FORMAT,
         "backend": cache.backend.name,
@@ -235,10 +235,10 @@ def _fill(layer: LayerCache, about: dict[str, Any], arrays: dict[str, Array]) ->
             layers = (*store.basis.layers, basis)
             store = store._replace(basis=store.basis._replace(layers=layers))
         state = state._replace(**{name: store})
-    slots = _numbered(arrays, "slots")
+    recent = _numbered(arrays, "recent")
     rows = LayerRows(
         **fields,
-        slots=Slots(*slots) if slots else None,
+        recent=Recent(*recent) if recent else None,
         rope_runs=tuple(RopeRun(n_rows, _read_rope(spec)) for n_rows, spec in about["runs"]),
     )
     state = state._replace(retry_at=about["retry_at"])

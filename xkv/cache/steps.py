@@ -9,11 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from xkv.cache.group import GroupState
-from xkv.cache.layer import last_rows
 from xkv.cache.rows import LayerRows
 from xkv.config import Layout, XKVConfig
 from xkv.ops.backend import Backend
-from xkv.ops.slots import Slots
+from xkv.ops.recent import Recent, packed
 from xkv.store.prompt_basis import Spectrum, measure, packed_bases, plain_basis
 from xkv.store.store import Basis, store_rows
 
@@ -75,13 +74,12 @@ def compress(
         read = state.reader(backend, name, start)
         dtype = state.layers[0].keys.rows.dtype
         stores[name] = store_rows(backend, basis, read, n_rows, dtype, None)
-    # a working set begins with the last rows, which are at hand as they were computed
-    n_kept = layout.n_kept if len(bases) == 2 else 0
+    n_recent = layout.n_recent if len(bases) == 2 else 0
     layers = []
     for layer in state.layers:
-        slots = _last_rows(backend, layer, end, n_kept, n_rows) if n_kept else None
+        recent = _packed(backend, layer, end - n_recent, end) if n_recent else None
         layer = _without(backend, layer, start, end, list(stores)[: len(bases)])
-        layers.append(layer._replace(start=start, n_segment=n_rows, n_kept=n_kept, slots=slots))
+        layers.append(layer._replace(start=start, n_segment=n_rows, recent=recent))
     return GroupState(tuple(layers), **stores, retry_at=state.retry_at)
 
 
@@ -99,7 +97,7 @@ def released(backend: Backend, state: GroupState) -> GroupState:
 def fold(backend: Backend, config: XKVConfig, state: GroupState, n_rows: int) -> GroupState:
     """Move the first dense rows after the stored ones into the store.
 
-    Working sets grow with it, up to what is theirs, by rows that were just stored.
+    They are recent ones then, in the place of the first of these.
     """
     first = state.layers[0]
     start, end = first.n_sinks, first.n_sinks + n_rows
@@ -113,24 +111,25 @@ def fold(backend: Backend, config: XKVConfig, state: GroupState, n_rows: int) ->
             stored[name] = store_rows(backend, store.basis, read, n_rows, dtype, in_use)
     n_segment = first.n_segment + n_rows
     layers: list[LayerRows] = []
-    wanted = config.layout(first.offset).n_kept if len(stored) == 2 else 0
-    n_more = min(max(wanted - first.n_kept, 0), n_rows)
+    n_recent = config.layout(first.offset).n_recent if len(stored) == 2 else 0
     for layer in state.layers:
-        layer = state.view(backend, len(layers)).filled()
-        slots = layer.slots
-        if n_more:
-            entering = _last_rows(backend, layer, end, n_more, n_segment)
-            slots = entering if slots is None else slots.joined(backend, entering)
-            backend.evaluate(*slots)
-        n_kept, layer = layer.n_kept + n_more, _without(backend, layer, start, end, list(stored))
-        layers.append(layer._replace(n_segment=n_segment, n_kept=n_kept, slots=slots))
+        recent = None
+        if n_recent:
+            recent = _packed(backend, layer, max(end - n_recent, start), end)
+            if layer.recent is not None:
+                recent = layer.recent.followed(backend, recent, n_recent)
+            backend.evaluate(*recent)
+        layer = _without(backend, layer, start, end, list(stored))
+        layers.append(layer._replace(n_segment=n_segment, recent=recent))
     return state._replace(layers=tuple(layers), **stored)
 
 
-def _last_rows(backend: Backend, layer: LayerRows, end: int, n_kept: int, n_segment: int) -> Slots:
-    """Slots that hold the dense rows before number ``end``, the last of a segment."""
-    keys, values = (x.rows[..., end - n_kept : end, :] for x in (layer.keys, layer.values))
-    return last_rows(backend, keys, values, n_segment)
+def _packed(backend: Backend, layer: LayerRows, start: int, end: int) -> Recent:
+    """A layer's dense rows of these numbers, in 8 bits."""
+    keys, values = (x.rows[..., start:end, :] for x in (layer.keys, layer.values))
+    recent = packed(backend, keys, values)
+    backend.evaluate(*recent)
+    return recent
 
 
 def _without(

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from xkv.config import BAND
-from xkv.ops.attention import rebuild_rows
 from xkv.ops.backend import Backend
 from xkv.ops.latent import Latent
+from xkv.ops.recent import packed
 from xkv.ops.scores import Dense
-from xkv.ops.slots import Slots, pack_rows
 from xkv.ops.types import RopeRun, RopeSpec, Segment, Stored
 from xkv.store.codec import pack_latent
 
@@ -23,7 +22,7 @@ class DecodeCase:
 
     Args:
         bits: Of the bands of both latents, whose ranks then follow from them.
-        n_kept: Slots of the working set.
+        n_recent: Rows in 8 bits.
         spec: None for a layer without rotary embedding.
     """
 
@@ -35,7 +34,7 @@ class DecodeCase:
     rank_v: int = 0
     bits: tuple[int, ...] = ()
     n_dense: int = 21
-    n_kept: int = 7
+    n_recent: int = 7
     n_rebuilt: int = 40
     n_queries: int = 1
     rope_dims: int | None = None
@@ -61,7 +60,7 @@ class DecodeCase:
 
 CASES = [
     DecodeCase(64, 2, 2, 64, 16, 24),
-    DecodeCase(136, 8, 2, 64, 37, 50, traditional=True, n_kept=0),
+    DecodeCase(136, 8, 2, 64, 37, 50, traditional=True, n_recent=0),
     DecodeCase(600, 4, 1, 128, 70, 33, n_dense=9, start=300, n_queries=5),
     DecodeCase(72, 8, 1, 64, 8, 8, n_dense=64, rope_dims=32),
     DecodeCase(264, 4, 2, 64, bits=(4,), n_dense=130, batch=2),
@@ -89,8 +88,6 @@ def make_inputs(
     backend: Backend, case: DecodeCase, dtype: str, seed: int = 0, *, exact: bool = False
 ) -> DecodeInputs:
     """Random arrays, rounded to ``dtype``, that make a peaked softmax (a flat one hides faults).
-
-    Slots of the working set hold the rows that they name.
 
     Args:
         exact: Hold the rounded numbers in float64, for the reference.
@@ -121,16 +118,16 @@ def make_inputs(
     ids = [[random.permutation(case.n_rows) for _ in range(n_kv_heads)] for _ in range(batch)]
     numbers = np.array(ids, dtype=np.int32)
     rows = backend.from_numpy(numbers[..., : case.n_rebuilt])
-    slots = None
     keys, values = (array(batch, n_kv_heads, case.n_dense, head_dim) for _ in range(2))
-    if case.n_kept:
-        kept = backend.from_numpy(numbers[..., -case.n_kept :])
-        slots = Slots(*pack_rows(backend, *(rebuild_rows(backend, x, kept) for x in stored)), kept)
+    recent = None
+    if case.n_recent:
+        size = batch, n_kv_heads, case.n_recent, head_dim
+        recent = packed(backend, array(*size), array(*size))
     return DecodeInputs(
         case=case,
         queries=array(batch, case.n_heads, case.n_queries, head_dim, size=3.0),
         segment=Segment(*stored),
-        dense=Dense(keys, values, None, slots),
+        dense=Dense(keys, values, None, recent),
         rows=rows,
         scale=head_dim**-0.5,
     )

@@ -15,7 +15,7 @@ from xkv.ops.attention import Dense, attend_all, rebuild_all, wide_basis
 from xkv.ops.backend import Backend
 from xkv.ops.index import rows_of_index
 from xkv.ops.latent import WORD_BITS, Latent
-from xkv.ops.slots import Slots
+from xkv.ops.recent import packed
 from xkv.ops.types import Array, RopeRun, RopeSpec, Segment, Stored
 from xkv.ops.working_set import attend_set
 from xkv.planning.chips import MODELS, NamedModel
@@ -32,8 +32,8 @@ from xkv.planning.decode_cost import (
 PARITY_TOLERANCE = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 """Relative L2 error between two forms of the same attention, on plain operations too."""
 
-SLOT_TOLERANCE = 5e-3
-"""The same where some rows are in slots, in 8 bits."""
+RECENT_TOLERANCE = 5e-3
+"""The same where some rows are in 8 bits."""
 
 PERIOD = 4096
 """Random dense rows repeat after so many: drawing more would take longer than timing them."""
@@ -80,7 +80,7 @@ BUNDLED = StepShape(MODELS["bundled"])
 
 
 class DecodeStep:
-    """The same random cache of ``n_tokens`` as dense rows and as a store with a working set.
+    """The same random cache of ``n_tokens`` as dense rows and as a store with recent rows.
 
     Rows are held in the shape's dtype; where a backend computes in another, each step widens them.
     Dense rows and stored ones are the same in :meth:`parity` only.
@@ -96,8 +96,8 @@ class DecodeStep:
         self.backend, self.shape, self.n_tokens = backend, shape, n_tokens
         self.config, self.layer = shape.config, shape.layer(n_tokens)
         group, layout = self.layer.group, self.config.layout(n_tokens)
-        self.n_rows, self.n_kept = layout.n_rows, layout.n_kept
-        self.n_rebuilt = self.config.rebuilt_at(self.n_rows, self.n_kept) or self.n_rows
+        self.n_rows, self.n_recent = layout.n_rows, layout.n_recent
+        self.n_rebuilt = self.config.rebuilt_at(self.n_rows, self.n_recent) or self.n_rows
         self.scale = group.key_dim**-0.5
         self.dtype = getattr(backend.xp, shape.dtype)
         self._random = np.random.default_rng(seed)
@@ -113,20 +113,15 @@ class DecodeStep:
         )
 
     def _fill(self) -> None:
-        """Dense rows, and slots that hold the last rows of the store."""
+        """Dense rows, and recent ones, which are the last of the store."""
         n_dense, segment = self.n_tokens - self.n_rows, self.segment()
-        held = [self._rows(n_dense, stored.basis.shape[-1]) for stored in segment]
-        slots = None
-        if self.n_kept:
-            backend, xp = self.backend, self.backend.xp
-            numbers = backend.positions(self.n_rows - self.n_kept, self.n_kept)
-            size = (self.shape.batch, self.layer.group.n_kv_heads, self.n_kept)
-            kept = backend.own(xp.broadcast_to(xp.astype(numbers, xp.int32), size))
-            packed = backend.pack_rows(*(backend.rebuild_rows(stored, kept) for stored in segment))
-            slots = Slots(*packed, kept)
-        keys, values = held
-        self.dense = Dense(keys, values, None, slots)
-        self.backend.evaluate(self.queries, *held, *(slots or ()))
+        keys, values = (self._rows(n_dense, stored.basis.shape[-1]) for stored in segment)
+        recent = None
+        if self.n_recent:
+            last = (rebuild_all(self.backend, x)[..., -self.n_recent :, :] for x in segment)
+            recent = packed(self.backend, *last)
+        self.dense = Dense(keys, values, None, recent)
+        self.backend.evaluate(self.queries, keys, values, *(recent or ()))
 
     def _draw(self, *shape: int, size: float = 1.0) -> Array:
         numbers = (self._random.standard_normal(shape) * size).astype(np.float32)
@@ -165,13 +160,20 @@ class DecodeStep:
         """Queries in the dtype of the arithmetic."""
         return self.backend.xp.astype(self.queries, self.backend.step_dtype(self.dtype))
 
-    def segment(self) -> Segment:
-        """What is stored, with bases in the dtype of the arithmetic."""
-        xp, wide = self.backend.xp, self.backend.step_dtype(self.dtype)
-        keys, values = (
-            x._replace(basis=wide_basis(self.backend, x.basis, wide)) for x in self.stored
+    def segment(self, n_left_out: int = 0) -> Segment:
+        """What is stored but for the last rows, with bases in the dtype of the arithmetic."""
+        xp, wide, end = (
+            self.backend.xp,
+            self.backend.step_dtype(self.dtype),
+            self.n_rows - n_left_out,
         )
-        return Segment(keys._replace(index_rows=xp.astype(keys.index_rows, wide)), values)
+        keys, values = (
+            x._replace(basis=wide_basis(self.backend, x.basis, wide), latent=x.latent.rows(0, end))
+            for x in self.stored
+        )
+        runs = tuple(RopeRun(end, run.spec) for run in keys.rope_runs)
+        index_rows = xp.astype(keys.index_rows, wide)
+        return Segment(keys._replace(index_rows=index_rows, rope_runs=runs), values)
 
     def full(self) -> list[Array]:
         """The framework's attention over the full cache."""
@@ -180,22 +182,19 @@ class DecodeStep:
         return [self.backend.attention(queries, keys, values, self.scale, None)]
 
     def every_row(self) -> list[Array]:
-        """Attention over every stored row and the dense ones, but for the slots."""
-        dense, segment = self.dense._replace(slots=None), self.segment()
+        """Attention over every stored row and the dense ones."""
+        dense, segment = self.dense._replace(recent=None), self.segment()
         return [attend_all(self.backend, self.wide_queries(), segment, dense, self.scale)]
 
     def working_set(self, n_rebuilt: int | None = None) -> list[Array]:
-        """Attention over the rows that matter most; the slots are what it leaves for the next.
+        """Attention over the rows that matter most.
 
         Args:
             n_rebuilt: Instead of as many as the shape's configuration says.
         """
-        output, slots = attend_set(
-            *(self.backend, self.wide_queries(), self.segment(), self.dense, self.scale),
-            n_rebuilt or self.n_rebuilt,
-        )
-        self.dense = self.dense._replace(slots=slots)
-        return [output, *(slots or ())]
+        queries, segment = self.wide_queries(), self.segment(self.n_recent)
+        n_rebuilt = n_rebuilt or self.n_rebuilt
+        return [attend_set(self.backend, queries, segment, self.dense, self.scale, n_rebuilt)]
 
     def forms(self) -> dict[str, Form]:
         """The steps to compare, by name."""
@@ -221,10 +220,9 @@ class DecodeStep:
     def parity(self) -> str | None:
         """Whether the forms agree where they must; a sentence if they do not.
 
-        Every row attended to, all three are attention over the full cache; the working set's in a
-        first step and in one after its swaps. Meant for short caches: it rebuilds every row.
+        Every row attended to, all three are attention over the full cache. Meant for short caches:
+        it rebuilds every row.
         """
-
         backend, first = self.backend, self.config.sinks
         for name, stored, held in zip(("keys", "values"), self.segment(), self.dense, strict=False):
             rows = backend.xp.astype(rebuild_all(backend, stored), self.dtype)
@@ -235,13 +233,15 @@ class DecodeStep:
             backend.evaluate(*found)
             return backend.to_numpy(found[0]).astype(np.float64)
 
-        want, n_missing = numbers(self.full()), self.n_rows - self.n_kept
+        want, n_missing = numbers(self.full()), self.n_rows - self.n_recent
         tolerance = PARITY_TOLERANCE[self.shape.dtype]
-        with_slots = max(tolerance, SLOT_TOLERANCE)
         for name, form, allowed in (
             ("every row", self.every_row, tolerance),
-            ("working set", lambda: self.working_set(n_missing), with_slots),
-            ("working set after its swaps", lambda: self.working_set(n_missing), with_slots),
+            (
+                "working set",
+                lambda: self.working_set(n_missing),
+                max(tolerance, RECENT_TOLERANCE),
+            ),
         ):
             error = np.linalg.norm(numbers(form()) - want) / np.linalg.norm(want)
             if not error <= allowed:

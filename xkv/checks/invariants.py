@@ -14,7 +14,7 @@ from xkv.ops.backend import Backend
 from xkv.ops.types import Array
 
 SLACK = 2.0
-"""Squared distances of a kept row to its stored form, beside those to other rows' forms; and its
+"""Squared distances of a recent row to its stored form, beside those to other rows' forms; and its
 error, beside that of all rows."""
 
 
@@ -23,7 +23,7 @@ def broken_invariants(cache: LowRankCache) -> list[str]:
 
     * all layers have seen the same tokens, in one order of rotations;
     * store and dense rows are as many as the tokens, in keys and in values;
-    * a working set holds rows of the segment, each once, as the store gives them back;
+    * recent rows are the last of the segment;
     * the bytes that are counted are those of the arrays.
     """
     found = []
@@ -34,7 +34,7 @@ def broken_invariants(cache: LowRankCache) -> list[str]:
         found += [f"group {number}: {x}" for x in _of_group(group.state, group.has_dense_values)]
         for index in range(len(group.layers)):
             view = group.state.view(cache.backend, index)
-            found += [f"group {number}, layer {index}: {x}" for x in _of_working_set(view)]
+            found += [f"group {number}, layer {index}: {x}" for x in _of_recent(view)]
     ids = {id(x): x.nbytes for x in cache.arrays()}
     counted = cache.held_bytes(), sum(layer.nbytes for layer in cache.layers.values())
     if set(counted) != {sum(ids.values())}:
@@ -66,7 +66,7 @@ def _of_group(state: GroupState, has_dense_values: bool) -> Iterator[str]:
 
 
 def _of_layer(layer: LayerRows, has_dense_values: bool) -> Iterator[str]:
-    if min(layer.n_segment, layer.n_kept, layer.n_tail) < 0:
+    if min(layer.n_segment, layer.n_tail) < 0:
         yield f"a number of rows is negative: {layer.n_segment}, {layer.n_tail}"
     n_values = layer.offset if has_dense_values else layer.keys.n_rows
     if layer.values.n_rows != n_values:
@@ -77,34 +77,29 @@ def _of_layer(layer: LayerRows, has_dense_values: bool) -> Iterator[str]:
     for buffer in (layer.keys, layer.values):
         if buffer.n_rows and (buffer.allocated is None or buffer.n_rows > buffer.rows.shape[-2]):
             yield f"{buffer.n_rows} rows are counted, and the buffer has fewer"
-    if layer.slots is not None and {x.shape[2] for x in layer.slots} != {layer.n_kept}:
-        found = [x.shape[2] for x in layer.slots]
-        yield f"{found} numbers, scales and rows of {layer.n_kept} slots"
 
 
-def _of_working_set(view: LayerView) -> Iterator[str]:
+def _of_recent(view: LayerView) -> Iterator[str]:
     layer, backend = view.rows, view.backend
-    if layer.slots is None:
+    if layer.recent is None:
         return
-    numbers = backend.to_numpy(layer.slots.rows)
-    if numbers.min() < 0 or numbers.max() >= layer.n_segment:
-        yield f"a kept row is none of the segment's {layer.n_segment}"
+    if len({x.shape[2] for x in layer.recent}) > 1 or not 0 < layer.n_recent <= layer.n_segment:
+        found = [x.shape[2] for x in layer.recent]
+        yield f"{found} recent numbers and scales of {layer.n_segment} stored rows"
         return
-    if any(len(set(x.tolist())) < len(x) for head in numbers for x in head):
-        yield "a row is kept twice"
-    head_dim, dtype = layer.keys.rows.shape[-1], backend.xp.float32
+    head_dim, end = layer.keys.rows.shape[-1], layer.start + layer.n_segment
     for name, rows in zip(("keys", "values"), view.dense(), strict=True):
-        stored = _numbers(backend, rows)[..., layer.start : layer.start + layer.n_segment, :]
-        held = _numbers(backend, getattr(layer.slots, name)(backend, head_dim, dtype))
-        # slots may hold rows as they were computed, to which no other stored row is closer
+        stored = _numbers(backend, rows)[..., layer.start : end, :]
+        held = _numbers(backend, getattr(layer.recent, name)(backend, head_dim, backend.xp.float32))
+        # they are as they were computed, and no other stored row is closer
         products = held @ stored.swapaxes(-1, -2)
         apart = (stored**2).sum(-1)[..., None, :] - 2 * products + (held**2).sum(-1)[..., None]
-        its_own = np.take_along_axis(apart, numbers[..., None], axis=-1)[..., 0]
+        its_own = np.diagonal(apart, layer.n_segment - layer.n_recent, -2, -1)
         store = view.keys if name == "keys" else view.values
         lost = 0.0 if store is None else store.error
         allowed = (1e-3 + (SLACK * lost) ** 2) * (held**2).sum(-1)
         if (its_own > SLACK * apart.min(-1) + allowed).any():
-            yield f"a slot holds {name} of another row than the one it names"
+            yield f"recent {name} are those of other rows"
 
 
 def _numbers(backend: Backend, x: Array) -> np.ndarray:

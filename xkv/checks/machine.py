@@ -15,7 +15,6 @@ from xkv.ops.backend import Backend
 from xkv.ops.index import absorbed_queries, index_basis
 from xkv.ops.latent import Latent
 from xkv.ops.loading import load_backend
-from xkv.ops.working_set import n_swaps
 from xkv.planning.chips import CUDA_LAUNCH_US, METAL_LAUNCH_US, Chip, milliseconds
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -142,24 +141,20 @@ def _operations(step: DecodeStep, is_packed: bool) -> dict[str, Callable[[Backen
             x._replace(latent=Latent((x.latent.unpack(backend),))) for x in (keys, values)
         )
     queries, dense = step.queries * step.scale, step.dense
-    assert dense.slots is not None
-    kept = dense.slots.rows
     basis, spec = index_basis(backend, keys), keys.rope_runs[0].spec
     absorbed = absorbed_queries(backend, queries, keys)
     offsets = xp.astype(absorbed[:, 0, 0] * 0, xp.float32)
     n_kv_heads, n_rebuilt = step.layer.group.n_kv_heads, step.n_rebuilt
     worth = backend.index_scores(absorbed, keys.latent, offsets, n_kv_heads)
-    choice = worth, kept, n_rebuilt, n_swaps(step.n_kept, n_rebuilt)
-    rows = backend.choose_rows(*choice).rows
+    rows = backend.choose_rows(worth, n_rebuilt)
     beside, totals = backend.attend_dense(queries, dense, None)
-    found, scores = backend.rebuild_keys(keys, rows, queries)
+    _, scores = backend.rebuild_keys(keys, rows, queries)
     return {
         "attend_dense": lambda b: [*b.attend_dense(queries, dense, None)],
         "query_terms": lambda b: [b.query_terms(queries, basis, spec)],
         "index_scores": lambda b: [b.index_scores(absorbed, keys.latent, offsets, n_kv_heads)],
-        "choose_rows": lambda b: [x for x in b.choose_rows(*choice) if x is not None],
-        "rebuild_rows": lambda b: [b.rebuild_rows(values, kept)],
-        "pack_rows": lambda b: [*b.pack_rows(found, found)],
+        "choose_rows": lambda b: [b.choose_rows(worth, n_rebuilt)],
+        "rebuild_rows": lambda b: [b.rebuild_rows(values, rows)],
         "rebuild_keys": lambda b: [*b.rebuild_keys(keys, rows, queries)],
         "weigh_rows": lambda b: [*b.weigh_rows(values.latent, rows, scores, totals, beside)],
     }

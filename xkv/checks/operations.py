@@ -13,7 +13,7 @@ from xkv.ops.attention import attend_all
 from xkv.ops.backend import Backend
 from xkv.ops.index import absorbed_queries, index_basis
 from xkv.ops.types import Array
-from xkv.ops.working_set import attend_set, n_swaps
+from xkv.ops.working_set import attend_set
 from xkv.store.svd import factorize
 
 PARITY_CASES = (CASES[0], CASES[1], CASES[4], CASES[6])
@@ -95,28 +95,18 @@ def _query_terms(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
 
 
 def choice_of(backend: Backend, x: DecodeInputs) -> tuple[Any, ...]:
-    """Arguments of a choice of rows: scores that float32 holds, and swaps where rows are kept."""
-    case, n_kept = x.case, x.case.n_kept
+    """Arguments of a choice of rows: scores that float32 holds."""
+    case = x.case
     shape = (case.batch, case.n_kv_heads, case.n_rows)
     numbers = backend.positions(0, math.prod(shape)) * 7919 % 10007
     worth = backend.xp.astype(backend.xp.reshape(numbers, shape), backend.xp.float32) / 64 - 80
-    n_rebuilt = min(case.n_rebuilt, case.n_rows - n_kept)
-    kept_rows = None if x.dense.slots is None else x.dense.slots.rows
-    return worth, kept_rows, n_rebuilt, n_swaps(n_kept, n_rebuilt)
+    return worth, min(case.n_rebuilt, case.n_rows)
 
 
 def _choose_rows(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
-    worth, kept_rows, n_rebuilt, *rest = choice_of(backend, x)
-    chosen = backend.choose_rows(worth, kept_rows, n_rebuilt, *rest)
-    if chosen.entering is None:
-        # in any order
-        return _together(backend, (backend.xp.sort(chosen.rows, axis=-1),))
-    return _together(backend, chosen)
-
-
-def _pack_rows(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
-    """Rows that were not computed, and so are the same bits everywhere."""
-    return _together(backend, backend.pack_rows(x.dense.keys, x.dense.values))
+    # in any order
+    chosen = backend.xp.sort(backend.choose_rows(*choice_of(backend, x)), axis=-1)
+    return _together(backend, (chosen,))
 
 
 def _rebuild_keys(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
@@ -141,9 +131,8 @@ def _attend_all(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
 
 
 def _attend_set(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
-    """With all rows that are not kept rebuilt: which ones matter is decided by near ties else."""
-    n_rebuilt = x.case.n_rows - x.case.n_kept
-    return attend_set(backend, x.queries, x.segment, x.dense, x.scale, n_rebuilt)[0]
+    """With all rows rebuilt: which ones matter is decided by near ties else."""
+    return attend_set(backend, x.queries, x.segment, x.dense, x.scale, x.case.n_rows)
 
 
 def _factorize(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
@@ -204,7 +193,6 @@ OPERATIONS: dict[str, Operation] = {
     "absorbed_queries": lambda backend, x, dtype: absorbed_of(backend, x),
     "index_scores": _index_scores,
     "choose_rows": _choose_rows,
-    "pack_rows": _pack_rows,
     "rebuild_keys": _rebuild_keys,
     "rebuild_rows keys": _rebuild_rows("keys"),
     "rebuild_rows values": _rebuild_rows("values"),

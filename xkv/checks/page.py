@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from xkv.checks.plots import draw
-from xkv.checks.set_plots import returned_rows
+from xkv.checks.set_plots import repeated
 from xkv.cli.terminal import size_text
 from xkv.errors import InputError
 from xkv.planning.grouping import layers_text
@@ -27,9 +27,9 @@ ALT = {
     "bands": "A bar for each latent, as long as it has columns and shaded by their bits, as the "
     "table lists them.",
     "working_set": "One picture for each watched layer and KV head: stored positions from left to "
-    "right, decode steps from top to bottom, rows in the working set blue and rebuilt rows orange.",
-    "swaps": "Two line plots over steps: the share of wanted rows that were at hand, and how many "
-    "rows came into the working set.",
+    "right, decode steps from top to bottom, rebuilt rows orange and recent rows blue.",
+    "repeats": "A line over steps for each watched layer: the share of rebuilt rows that the step "
+    "before rebuilt too.",
 }
 """What each picture shows, for those who do not see it."""
 
@@ -119,12 +119,12 @@ summary { cursor: pointer; padding: .4rem 0 }
 <p>{{ n_steps }} decode steps after the prompt, one token each: {{ report.working_set.n_opening }}
 that open a reply, then the model's likeliest ones, past the end of its answer too.</p>
 {{ picture("working_set") }}
-{{ picture("swaps") }}
-{{ table("Working sets, means over all steps", ["layer", "KV head", "slots", "rebuilt",
-         "came in", "came back", "at hand"], sets) }}
+{{ picture("repeats") }}
+{{ table("Rebuilt rows, means over all steps", ["layer", "KV head", "rows a step",
+         "share that repeats"], sets) }}
 <details>
 <summary>Each step</summary>
-{{ table("Wanted rows at hand in each step, mean over KV heads", step_head, steps) }}
+{{ table("Share of rebuilt rows that repeat, mean over KV heads", step_head, steps) }}
 </details>
 {% endif %}
 </main>
@@ -233,24 +233,17 @@ def _working_set(story: dict[str, Any]) -> dict[str, Any]:
     """What the page says of it."""
     if story["why_not"] is not None:
         return {}
-    layers, sets = story["layers"], []
-    for layer in layers:
-        for number, head in enumerate(layer["heads"]):
-            steps = head["steps"]
-            counts = [[len(step[name]) for step in steps] for name in ("rebuilt", "came")]
-            means = [f"{np.mean(x):.1f}" for x in (*counts, returned_rows(head))]
-            at_hand = f"{np.mean([step['at_hand'] for step in steps]):.1%}"
-            sets.append([str(layer["layer"]), number, len(head["first"]), *means, at_hand])
-    by_step = [
-        [
-            f"{np.mean([head['steps'][i]['at_hand'] for head in layer['heads']]):.1%}"
-            for layer in layers
-        ]
-        for i in range(len(story["tokens"]))
-    ]
+    layers = story["layers"]
+    shares = [np.array([repeated(head) for head in layer["heads"]]) for layer in layers]
+    by_step = [["–"] * len(layers)]
+    by_step += [[f"{x:.1%}" for x in row] for row in np.transpose([x.mean(0) for x in shares])]
     return {
         "n_steps": len(story["tokens"]),
-        "sets": sets,
+        "sets": [
+            [str(layer["layer"]), number, f"{np.mean([len(x) for x in head]):.1f}", f"{again:.1%}"]
+            for layer, of in zip(layers, shares, strict=True)
+            for number, (head, again) in enumerate(zip(layer["heads"], of.mean(1), strict=True))
+        ],
         "step_head": ["step", "token", *(f"layer {layer['layer']}" for layer in layers)],
         "steps": [
             [str(i + 1), token, *row]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from xkv.checks.set_plots import swaps, working_set
+from xkv.checks.set_plots import repeats, working_set
 from xkv.errors import InputError
 from xkv.planning.grouping import layers_text
 
@@ -45,14 +45,11 @@ CAPTIONS = {
     "they are held. Look at how long the bars are: a group whose spectrum falls slowly needs more "
     "columns. Columns that are left out are the error.",
     "working_set": "Stored positions against decode steps, for some layers and each of their KV "
-    "heads. Blue rows stay dense between steps; orange ones are rebuilt in that step only; the "
-    "fuller a colour, the more of the rows there. Look for blue stripes that run down: rows that "
-    "stay wanted.",
-    "swaps": "Left: the share of the rows that a step wants most, as many as the working set has "
-    "slots, that are in it: those need no rebuilding; mean and range over KV heads. Right: rows "
-    "that come into it after a step, always as many (solid), and those of them that had been in it "
-    "before (dashed). Look at how soon the left lines stop rising, and for dashed lines near the "
-    "solid ones: rows that go and come back want a larger --kept-share.",
+    "heads. Orange rows are rebuilt in that step and gone after it; the fuller the colour, the "
+    "more of the rows there. Blue, at the end: recent rows, which are held in 8 bits and never "
+    "rebuilt. Look for stripes that run down: rows that stay wanted.",
+    "repeats": "The share of a step's rebuilt rows that the step before rebuilt too, mean over KV "
+    "heads. Look for dips: there a token wants other rows than the one before it.",
 }
 """What to look at in each plot."""
 
@@ -159,9 +156,9 @@ _PLOTS: dict[str, tuple[Callable[[Any, dict[str, Any]], None], float, float]] = 
     "errors": (errors, 9, 4.5),
     "bands": (bands, 9, 6),
     "working_set": (working_set, 11, 6),
-    "swaps": (swaps, 11, 4.5),
+    "repeats": (repeats, 9, 4.5),
 }
-_OF_WORKING_SET = ("working_set", "swaps")
+_OF_WORKING_SET = ("working_set", "repeats")
 
 
 def draw(name: str, report: dict[str, Any]) -> Any:

@@ -25,7 +25,7 @@ from xkv.planning.similarity import cka
 TENSORS = ("keys", "values")
 
 STEPS = 32
-"""Tokens that are decoded to look at working sets."""
+"""Tokens that are decoded to see which rows their steps rebuild."""
 
 OPENING = 200
 """Characters of the prompt that are shown."""

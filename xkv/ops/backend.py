@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-from xkv.ops import attention, index, rope, slots, working_set
+from xkv.ops import attention, index, rope, working_set
 from xkv.ops.kernels import KernelDispatch
 from xkv.ops.latent import Latent
 from xkv.ops.protocol import Operations
@@ -68,19 +68,9 @@ class Backend(Operations):
         """:func:`xkv.ops.index.index_scores`"""
         return index.index_scores(self, absorbed, latent, offsets, n_kv_heads)
 
-    def choose_rows(
-        self,
-        worth: Array,
-        kept_rows: Array | None,
-        n_rebuilt: int,
-        n_swapped: int,
-    ) -> working_set.Choice:
+    def choose_rows(self, worth: Array, count: int) -> Array:
         """:func:`xkv.ops.working_set.choose_rows`"""
-        return working_set.choose_rows(self, worth, kept_rows, n_rebuilt, n_swapped)
-
-    def pack_rows(self, keys: Array, values: Array) -> tuple[Array, Array]:
-        """:func:`xkv.ops.slots.pack_rows`"""
-        return slots.pack_rows(self, keys, values)
+        return working_set.choose_rows(self, worth, count)
 
     def rebuild_rows(self, stored: Stored, rows: Array) -> Array:
         """:func:`xkv.ops.attention.rebuild_rows`"""

@@ -138,20 +138,12 @@ class Operations(ABC):
         """``[B, n_kv_heads, N(, dim)]`` at ``[B, n_kv_heads, n]`` of the third axis."""
 
     @abstractmethod
-    def put_along(self, x: Array, at: Array, values: Array, in_place: bool = False) -> Array:
-        """The inverse of :meth:`take_along`: ``x`` with other values there.
-
-        Args:
-            in_place: ``x`` is not needed any more, and may be what is returned.
-        """
+    def put_along(self, x: Array, at: Array, values: Array) -> Array:
+        """The inverse of :meth:`take_along`: ``x`` with other values there."""
 
     def add_product(self, x: Array, left: Array, right: Array) -> Array:
         """``x + left @ right``"""
         return x + left @ right
-
-    def together(self, x: Array, others: Sequence[Array]) -> Array:
-        """``x``; where work is lazy, whoever computes it computes the others too."""
-        return x
 
     def step_dtype(self, dtype: Any) -> Any:
         """In which a decode step computes where rows are held in ``dtype``."""
@@ -176,18 +168,8 @@ class Operations(ABC):
         """:func:`xkv.ops.index.index_scores`"""
 
     @abstractmethod
-    def choose_rows(
-        self,
-        worth: Array,
-        kept_rows: Array | None,
-        n_rebuilt: int,
-        n_swapped: int,
-    ) -> Any:
+    def choose_rows(self, worth: Array, count: int) -> Array:
         """:func:`xkv.ops.working_set.choose_rows`"""
-
-    @abstractmethod
-    def pack_rows(self, keys: Array, values: Array) -> tuple[Array, Array]:
-        """:func:`xkv.ops.slots.pack_rows`"""
 
     @abstractmethod
     def rebuild_rows(self, stored: Stored, rows: Array) -> Array:

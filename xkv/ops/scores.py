@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from xkv.ops.protocol import Operations
-from xkv.ops.slots import Slots
+from xkv.ops.recent import Recent
 from xkv.ops.types import Array
 
 
@@ -19,8 +19,8 @@ class Dense(NamedTuple):
     """``[B, n_kv_heads, D, value_dim]``"""
     n_used: Array | None = None
     """How many of them are in use, an integer ``[1]`` on the device; None for all."""
-    slots: Slots | None = None
-    """Those of the working set, which come before them."""
+    recent: Recent | None = None
+    """Others in 8 bits, which come before them."""
 
 
 def grouped_scores(backend: Operations, queries: Array, key_parts: Sequence[Array]) -> Array:

@@ -1,43 +1,13 @@
-"""A decode step over the rows of a segment that matter most: some kept, others rebuilt in it."""
+"""A decode step over the rows of a segment that matter most, which it rebuilds, and over others."""
 
 from __future__ import annotations
-
-import math
-from typing import NamedTuple
 
 from xkv.ops.attention import raised_weights, take_rows
 from xkv.ops.index import absorbed_queries
 from xkv.ops.latent import Latent
 from xkv.ops.protocol import Operations
 from xkv.ops.scores import Dense, grouped_scores, is_past, masked, sink_scores, without_unused
-from xkv.ops.slots import Slots
 from xkv.ops.types import Array, Segment, Stored
-
-SWAP_STEPS = 4
-"""In one of so many steps a layer swaps: neighbouring ones in different steps, which so cost alike.
-"""
-
-MAX_SWAPS = 32
-"""Kept rows, the worst, that a step replaces by the best of the others; a quarter of few.
-
-The worst may have been better. It is then among the next step's best, and costs what they do.
-"""
-
-
-def n_swaps(n_kept: int, n_rebuilt: int) -> int:
-    """Kept rows that a step replaces."""
-    return min(MAX_SWAPS, n_kept // 4, n_rebuilt)
-
-
-class Choice(NamedTuple):
-    """What a step rebuilds, and what of it enters the working set: arrays of their own."""
-
-    rows: Array
-    """Row numbers of the segment, ``[B, n_kv_heads, n_rebuilt]``, those that enter first."""
-    entering: Array | None = None
-    """``[B, n_kv_heads, n_swapped]``; None where no row enters, as are the slots."""
-    slots: Array | None = None
-    """Which they enter, as many."""
 
 
 def attend_set(
@@ -48,25 +18,22 @@ def attend_set(
     scale: float,
     n_rebuilt: int,
     sinks: Array | None = None,
-    is_swapping: bool = True,
-) -> tuple[Array, Slots | None]:
-    """Attend to the rows of a segment that matter most, some of which are kept, and to dense rows.
+) -> Array:
+    """Attend to the rows of a segment that matter most, and to those that are at hand.
 
-    The index scores every row; the best that are not kept are rebuilt, and gone after the step but
-    for the very best, which may take the place of the worst that are kept.
+    The index scores every row of the segment; the best are rebuilt, and gone after the step.
 
     Args:
         queries: ``[B, n_heads, Lq, head_dim]``, rotated, few; they all attend to the same rows of
             the segment. The last Lq dense rows are theirs.
-        segment: The layer's compressed rows, more than ``n_rebuilt`` and those kept.
-        dense: The others, and the working set's slots, which are not needed again.
+        segment: The layer's compressed rows but for recent ones, no fewer than ``n_rebuilt``.
+        dense: Those at hand, recent ones among them.
         scale: Factor on the scores.
         n_rebuilt: Rows to rebuild for each KV head.
         sinks: ``[n_heads]``: scores of nothing, that take a part of each head's weights.
-        is_swapping: The best of the rebuilt rows enter the slots.
 
     Returns:
-        ``[B, n_heads, Lq, value_dim]``, and the slots after the step.
+        ``[B, n_heads, Lq, value_dim]``
     """
     xp, n_kv_heads = backend.xp, dense.keys.shape[1]
     queries = queries * scale
@@ -75,27 +42,18 @@ def attend_set(
     absorbed = absorbed_queries(backend, queries, segment.keys)
     offsets = xp.reshape(totals, (queries.shape[0], -1))
     worth = backend.index_scores(absorbed, segment.keys.latent, offsets, n_kv_heads)
-    slots = dense.slots
-    kept_rows = None if slots is None else slots.rows
-    n_kept = 0 if kept_rows is None else kept_rows.shape[-1]
-    n_swapped = n_swaps(n_kept, n_rebuilt) if is_swapping else 0
-    chosen = backend.choose_rows(worth, kept_rows, n_rebuilt, n_swapped)
-    keys, scores = backend.rebuild_keys(segment.keys, chosen.rows, queries)
-    sums, rest = backend.weigh_rows(segment.values.latent, chosen.rows, scores, totals, beside)
+    rows = backend.choose_rows(worth, n_rebuilt)
+    _, scores = backend.rebuild_keys(segment.keys, rows, queries)
+    sums, rest = backend.weigh_rows(segment.values.latent, rows, scores, totals, beside)
     basis = xp.permute_dims(segment.values.basis, (0, 2, 1, 3))
     output = backend.add_product(rest, sums, basis)
-    output = xp.reshape(output, (*queries.shape[:3], output.shape[-1]))
-    if slots is not None and chosen.entering is not None:
-        values = backend.rebuild_rows(segment.values, chosen.entering)
-        packed = backend.pack_rows(keys[..., :n_swapped, :], values)
-        slots = slots.swapped(backend, chosen.slots, Slots(*packed, chosen.entering))
-    return output, slots
+    return xp.reshape(output, (*queries.shape[:3], output.shape[-1]))
 
 
 def attend_dense(
     backend: Operations, queries: Array, dense: Dense, sinks: Array | None
 ) -> tuple[Array, Array]:
-    """Attention over dense rows and slots, and what a query gives to all of them together.
+    """Attention over rows at hand, and what a query gives to all of them together.
 
     Args:
         queries: ``[B, n_heads, Lq, head_dim]``, rotated and scaled; the last Lq rows are theirs.
@@ -107,10 +65,10 @@ def attend_dense(
         exponentials of their scores, sinks among them, ``[B, n_heads, Lq]`` in float32 or wider.
     """
     xp, n_queries = backend.xp, queries.shape[2]
-    parts, head_dim, n_kept = [dense.keys], dense.keys.shape[-1], 0
-    if dense.slots is not None:
-        parts.insert(0, dense.slots.keys(backend, head_dim, queries.dtype))
-        n_kept = parts[0].shape[-2]
+    parts, head_dim, n_recent = [dense.keys], dense.keys.shape[-1], 0
+    if dense.recent is not None:
+        parts.insert(0, dense.recent.keys(backend, head_dim, queries.dtype))
+        n_recent = parts[0].shape[-2]
     scores = grouped_scores(backend, queries, parts)
     if n_queries > 1:
         mask = is_past(backend, scores.shape[-1], n_queries)
@@ -121,43 +79,26 @@ def attend_dense(
         each = sink_scores(backend, sinks, scores.shape[:3], totals.dtype)
         totals = xp.logaddexp(totals, each)
     weights, raised = raised_weights(backend, xp.exp(scores - totals[..., None]), queries.dtype)
-    output = weights[..., n_kept:] @ xp.astype(dense.values, queries.dtype)
-    if dense.slots is not None:
-        values = dense.slots.values(backend, head_dim, queries.dtype)
-        output = output + weights[..., :n_kept] @ values
+    output = weights[..., n_recent:] @ xp.astype(dense.values, queries.dtype)
+    if dense.recent is not None:
+        values = dense.recent.values(backend, head_dim, queries.dtype)
+        output = output + weights[..., :n_recent] @ values
     output = output if raised == 1 else output / raised
     shape = queries.shape[:3]
     return xp.reshape(output, (*shape, output.shape[-1])), xp.reshape(totals, shape)
 
 
-def choose_rows(
-    backend: Operations,
-    worth: Array,
-    kept_rows: Array | None,
-    n_rebuilt: int,
-    n_swapped: int,
-) -> Choice:
-    """Which rows a step rebuilds, and which slots the first of them enter.
+def choose_rows(backend: Operations, worth: Array, count: int) -> Array:
+    """Which rows a step rebuilds: those that are worth most, in any order.
 
     Args:
         worth: ``[B, n_kv_heads, L]``: :func:`xkv.ops.index.index_scores`.
-        kept_rows: ``[B, n_kv_heads, K]``: rows that are not to be rebuilt, distinct; or None.
-        n_rebuilt: How many are; no more than there are others.
-        n_swapped: How many enter; none without ``kept_rows``.
+        count: How many; no more than there are.
 
     Returns:
-        The rows that are worth most, from the best on where some enter; the slots of those that are
-        worth least, from the worst on.
+        ``[B, n_kv_heads, count]``
     """
-    xp, missing = backend.xp, worth
-    if kept_rows is not None:
-        missing = backend.put_along(worth, kept_rows, backend.constant([-math.inf], worth.dtype))
-    rows = backend.top_indices(missing, n_rebuilt)
-    if not n_swapped:
-        return Choice(rows)
-    rows = backend.take_along(rows, xp.argsort(-backend.take_along(missing, rows), axis=-1))
-    slots = xp.argsort(backend.take_along(worth, kept_rows), axis=-1)[..., :n_swapped]
-    return Choice(rows, rows[..., :n_swapped], xp.astype(slots, rows.dtype))
+    return backend.top_indices(worth, count)
 
 
 def rebuild_keys(

@@ -3,7 +3,7 @@
 Counted are bytes that operations read and write, floating-point operations of matrix products
 (what else is computed hides behind memory), and launches. On Metal each fused operation is one
 kernel, which holds no intermediate result in memory; in Triton all but ``choose_rows``, which is
-plain operations of PyTorch. Everything else is what :mod:`xkv.ops` does on MLX. One sequence, one
+PyTorch's selection. Everything else is what :mod:`xkv.ops` does on MLX. One sequence, one
 query, 16-bit arithmetic.
 """
 
@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from xkv.config import BAND, USUAL_COMPRESSION, XKVConfig
 from xkv.ops.index import BLOCK, RUN, n_columns
 from xkv.ops.latent import Latent
-from xkv.ops.slots import SCALE_BYTES, SLOT_NUMBERS
-from xkv.ops.working_set import SWAP_STEPS, n_swaps
+from xkv.ops.recent import SCALE_BYTES
 from xkv.store.codec import BITS, row_bytes
 from xkv.store.shapes import CacheShape, GroupShape
 
@@ -31,12 +30,9 @@ LAUNCHES = {
     "choice": 1,
     "rebuilt keys": 1,
     "values": 2,
-    "swap": 5,
     "new token": 2,
 }
-"""On Metal, by part, where a layer swaps: the nodes of MLX's graph but views, and those written."""
-PLAIN_LAUNCHES = {"choice": 8}
-"""Of what is plain on CUDA, one run of the best rows' selection not counted."""
+"""By part: the nodes of MLX's graph but views, and those written. On CUDA one is a selection."""
 EXACT_LAUNCHES = 14
 """Dense rows and the softmax, where every row is attended to."""
 
@@ -62,11 +58,6 @@ class StepWork:
         return StepWork(
             self.n_bytes + other.n_bytes, self.flops + other.flops, self.launches + other.launches
         )
-
-    def shared_by(self, n_steps: int) -> StepWork:
-        """A step's part of work that is done in one of some steps."""
-        counts = self.n_bytes, self.flops, self.launches
-        return StepWork(*(-(-x // n_steps) for x in counts))
 
 
 Parts = Mapping[str, StepWork]
@@ -190,17 +181,18 @@ def working_set(
 
     Args:
         layer: With the bits of its latents.
-        config: Says which rows are stored, kept and rebuilt.
+        config: Says which rows are stored, recent and rebuilt.
         n_tokens: In the cache.
         is_metal: All fused operations are kernels.
     """
     layout = config.layout(n_tokens)
-    n_rows, n_kept = layout.n_rows, layout.n_kept
+    n_rows, n_recent = layout.n_rows, layout.n_recent
     if n_rows < 1 or not layer.key_bits:
         return full_cache(layer, n_tokens)
-    n_rebuilt = config.rebuilt_at(n_rows, n_kept)
+    n_rebuilt = config.rebuilt_at(n_rows, n_recent)
     if n_rebuilt is None:
         return every_row(layer, config, n_tokens)
+    n_dense, n_rows = n_tokens - n_rows, n_rows - n_recent
     group, item, heads = layer.group, layer.item_bytes, layer.n_heads
     dim, value_dim = group.key_dim, group.value_dim
     rank_k, rank_v = BAND * len(layer.key_bits), BAND * len(layer.value_bits)
@@ -215,18 +207,11 @@ def working_set(
     n_best = n_rebuilt * group.n_kv_heads
     keys = n_best * (key_row + dim * item) + basis_k + 4 * n_rebuilt * heads
     values = n_best * value_row + basis_v + heads * (4 * n_rebuilt + 2 * rank_v * item)
-    dense = _dense(layer, n_tokens - n_rows, True, 0)
+    dense = _dense(layer, n_dense, True, 0)
     dense += StepWork(
-        n_kept * group.n_kv_heads * (dim + value_dim + SCALE_BYTES),
-        2 * n_kept * heads * (dim + value_dim),
+        n_recent * group.n_kv_heads * (dim + value_dim + SCALE_BYTES),
+        2 * n_recent * heads * (dim + value_dim),
     )
-    n_swapped = n_swaps(n_kept, n_rebuilt) * group.n_kv_heads
-    # values rebuilt, both read, packed, and what is packed moved into the slots
-    packed = dim + value_dim + SLOT_NUMBERS
-    swapped = n_swapped * (value_row + (dim + 2 * value_dim) * item + 3 * packed) + basis_v
-    launches = LAUNCHES if is_metal else LAUNCHES | PLAIN_LAUNCHES
-    swap = StepWork(swapped, 2 * n_swapped * rank_v * value_dim, launches["swap"])
-    swap = swap.shared_by(SWAP_STEPS) if n_swapped else StepWork()
     work = {
         "scaled queries": StepWork(2 * heads * dim * item),
         "dense rows": dense,
@@ -237,11 +222,9 @@ def working_set(
         "choice": _choice(group.n_kv_heads, n_rows, n_rebuilt, is_metal),
         "rebuilt keys": StepWork(keys, 2 * n_best * rank_k * dim + 2 * n_rebuilt * heads * dim),
         "values": StepWork(values, 2 * heads * rank_v * (n_rebuilt + value_dim)),
-        "swap": swap,
         "new token": StepWork(2 * group.row_elements * item),
     }
-    launches = launches | {"swap": 0}
-    return {name: each + StepWork(launches=launches[name]) for name, each in work.items()}
+    return {name: each + StepWork(launches=LAUNCHES[name]) for name, each in work.items()}
 
 
 def _dense(layer: LayerShape, n_rows: int, is_fused: bool, launches: int) -> StepWork:
@@ -262,5 +245,4 @@ def _choice(n_heads: int, n_rows: int, count: int, is_metal: bool) -> StepWork:
         n_runs = -(-n_rows // RUN)
         passes = RADIX_PASSES * n_heads * (n_runs + RUN * min(count, n_runs))
         return StepWork(4 * (n_scores + passes))
-    # copied without those of kept rows, then selected from
-    return StepWork(4 * (2 + TOPK_READS) * n_scores, 0, TOPK_LAUNCHES)
+    return StepWork(4 * TOPK_READS * n_scores, 0, TOPK_LAUNCHES - 1)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from xkv.config import XKVConfig, buffer_rows
-from xkv.ops.slots import SLOT_NUMBERS
+from xkv.ops.recent import SCALE_BYTES
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ class CacheShape:
         n_dense = n_tokens - layout.n_rows + 1
         total = n_tokens * self.dense_row_bytes
         for group in self.groups:
-            n_kept = 0 if group.has_dense_values else layout.n_kept
+            n_recent = 0 if group.has_dense_values else layout.n_recent
             n_values = n_tokens + 1 if group.has_dense_values else n_dense
             elements = buffer_rows(n_dense) * group.key_dim
             elements += buffer_rows(n_values) * group.value_dim
-            slots = n_kept * (group.key_dim + group.value_dim + SLOT_NUMBERS)
-            per_head = elements * self.item_bytes + slots
+            recent = n_recent * (group.key_dim + group.value_dim + SCALE_BYTES)
+            per_head = elements * self.item_bytes + recent
             total += per_head * group.n_layers * group.n_kv_heads
         return total

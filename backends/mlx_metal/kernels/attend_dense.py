@@ -1,4 +1,4 @@
-"""Attention over dense rows and slots, and the logarithm of what they are given, in one kernel."""
+"""Attention over dense and recent rows, and the logarithm of what they are given, in one kernel."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import mlx.core as mx
 
 from xkv.backends.mlx_metal.kernels import common
 from xkv.ops.backend import Backend
+from xkv.ops.recent import packed
 from xkv.ops.scores import Dense
-from xkv.ops.slots import Slots, pack_rows
 from xkv.ops.types import Array
 
 HEAD_DIMS = (64, 128, 256)
@@ -98,15 +98,16 @@ SINKS = """
 """
 
 # Whole numbers, and factors of a key and of a value.
-SLOTS = """
-  const device int8_t* slot = numbers + batch * numbers_strides[0] + kv_head * numbers_strides[1] +
-                              feature * numbers_strides[3];
+RECENT = """
+  const int64_t next = numbers_strides[3];
+  const device int8_t* recent = numbers + batch * numbers_strides[0] +
+                                kv_head * numbers_strides[1] + feature * next;
   const device float* factors = scales + batch * scales_strides[0] + kv_head * scales_strides[1];
   for (int row = sg; row < numbers_shape[2]; row += SIMDGROUPS) {
-    load_features(x, slot + row * numbers_strides[2], numbers_strides[3]);
+    load_features(x, recent + row * numbers_strides[2], next);
     const device float* factor = factors + row * scales_strides[2];
     const float score = product(q, x) * factor[0];
-    load_features(x, slot + row * numbers_strides[2] + N * numbers_strides[3], numbers_strides[3]);
+    load_features(x, recent + row * numbers_strides[2] + N * next, next);
     mine.add(score, x, factor[scales_strides[3]]);
   }
 """
@@ -148,21 +149,21 @@ class AttendDense:
 
     Limits: queries, keys and values of one dtype, float32, float16 or bfloat16; keys and values of
     one dim, 64, 128 or 256; all rows in use. Any strides: views of larger buffers are read where
-    they are. Any number of rows, slots and queries; sinks of any of the dtypes. Sums are in
-    float32.
+    they are. Any number of dense and recent rows and of queries; sinks of any of the dtypes. Sums
+    are in float32.
 
     A threadgroup of 32 simdgroups (16 at dim 256) for each query of each head, like the
     ``sdpa_vector`` of MLX: at 2,300 rows a simdgroup takes 72 of them.
 
     For each row and query head: ``4 * dim`` floating point operations. From device memory, for each
-    KV head, a row's key and value, ``2 * dim`` elements (a slot's: as many bytes, and 8), which its
-    other query heads and queries read from cache; queries read and outputs written, ``2 * dim``
-    elements each, are little beside that. At 4 query heads a KV head in 16 bits that is 4
+    KV head, a row's key and value, ``2 * dim`` elements (of a recent one as many bytes, and 8),
+    which its other query heads and queries read from cache; queries read and outputs written, ``2 *
+    dim`` elements each, are little beside that. At 4 query heads a KV head in 16 bits that is 4
     operations a byte: memory bounds it, not arithmetic. With 8 KV heads of dim 128 a thousand rows
     are 4 MB and 16 million operations. The plain twin also writes and reads back all scores and
     weights, in six operations or more.
 
-    The sources depend on dtype, dim, and whether there are slots, and sinks and of what dtype.
+    The sources depend on dtype, dim, whether there are recent rows, and the dtype of sinks.
     """
 
     name = "attend_dense"
@@ -176,11 +177,11 @@ class AttendDense:
             return f"the kernel takes head_dim {', '.join(map(str, HEAD_DIMS))}, not {dim}"
         if value_dim != dim:
             return f"the kernel takes values as wide as keys, {dim}, not {value_dim}"
-        slots = dense.slots
-        if slots is not None and slots.numbers.dtype != mx.int8:
-            return f"the kernel takes slots in int8, not {common.dtype_name(slots.numbers)}"
-        if slots is not None and common.size_problem(*slots[:2]):
-            return common.size_problem(*slots[:2])
+        recent = dense.recent
+        if recent is not None and recent.numbers.dtype != mx.int8:
+            return f"the kernel takes recent rows in int8, not {common.dtype_name(recent.numbers)}"
+        if recent is not None and common.size_problem(*recent):
+            return common.size_problem(*recent)
         n_rows, n_queries = dense.keys.shape[2], queries.shape[2]
         if n_rows < max(n_queries, 1):
             return f"the kernel takes as many dense rows as queries or more, not {n_rows}"
@@ -194,20 +195,19 @@ class AttendDense:
         dim, dtype = dense.keys.shape[-1], queries.dtype
         few = backend.normal((2, 4, 3, dim), 0) * (3 * dim**-0.5)
         keys, values = (backend.normal((2, 2, 85, dim), seed).astype(dtype) for seed in (1, 2))
-        slots = dense.slots
-        if slots is not None:
-            packed = pack_rows(backend, *(backend.normal((2, 2, 45, dim), x) for x in (3, 4)))
-            slots = Slots(*packed, slots.rows)
+        recent = dense.recent
+        if recent is not None:
+            recent = packed(backend, *(backend.normal((2, 2, 45, dim), x) for x in (3, 4)))
         return (
             few.astype(dtype),
-            Dense(keys[..., :77, :], values[..., :77, :], None, slots),
+            Dense(keys[..., :77, :], values[..., :77, :], None, recent),
             sinks if sinks is None else few[0, :, 0, 0].astype(sinks.dtype),
         )
 
     def check_key(self, queries: Array, dense: Dense, sinks: Array | None) -> tuple[Any, ...]:
         """The dtype's name, and what else the source depends on."""
         of_sinks = None if sinks is None else common.dtype_name(sinks)
-        return common.dtype_name(queries), queries.shape[-1], of_sinks, dense.slots is not None
+        return common.dtype_name(queries), queries.shape[-1], of_sinks, dense.recent is not None
 
     def __call__(self, queries: Array, dense: Dense, sinks: Array | None) -> tuple[Array, Array]:
         batch, n_heads, n_queries, dim = queries.shape
@@ -216,9 +216,9 @@ class AttendDense:
         if sinks is not None:
             named["sinks"] = sinks
             name, source = f"{name}_sinks", source + SINKS
-        if dense.slots is not None:
-            named |= {"numbers": dense.slots.numbers, "scales": dense.slots.scales}
-            name, source = f"{name}_slots", source + SLOTS
+        if dense.recent is not None:
+            named |= {"numbers": dense.recent.numbers, "scales": dense.recent.scales}
+            name, source = f"{name}_recent", source + RECENT
         kernel = common.build(
             name,
             tuple(named),

@@ -33,8 +33,9 @@ METAL_FUNC sums sum_before(int n, threadgroup board<THREADS>& shared, int lane, 
   return {earlier + before, simd_sum(total)};
 }
 
-// Numbers i of the `n_wanted` largest keys.key(i), of equal ones the first, in order of i. A key of
-// 0 is none, and fewer may be found. All threads of the threadgroup call this.
+// Numbers i of the `n_wanted` largest keys.key(i), of equal ones the first, in order of i; and how
+// many these are: with no more keys than are wanted, all. A key of 0 is none; where there are more
+// keys than are wanted, at least as many are others. All threads of the threadgroup call this.
 template <int THREADS, typename Keys>
 METAL_FUNC int find_best(Keys keys,
                          int n_keys,
@@ -76,7 +77,7 @@ METAL_FUNC int find_best(Keys keys,
     threadgroup_barrier(mem_flags::mem_threadgroup);
     const int bin = THREADS - 1 - thread_index, n_in_bin = shared.bins[bin];
     const int n_before = sum_before(n_in_bin, shared, lane, sg).before;
-    if (n_before < n_left && (n_before + n_in_bin >= n_left || bin == 0)) {
+    if (n_before < n_left && n_before + n_in_bin >= n_left) {
       shared.bin = bin;
       shared.n_before = n_before;
       shared.n_in_bin = n_in_bin;
@@ -104,22 +105,5 @@ METAL_FUNC int find_best(Keys keys,
   threadgroup_barrier(mem_flags::mem_threadgroup);
   return n_above + min(n_ties, n_left);
 }
-
-// How many of the `n` found are better than the one of this thread's number.
-template <int THREADS, typename Keys>
-METAL_FUNC int rank_found(Keys keys,
-                          threadgroup const int* found,
-                          int n,
-                          threadgroup board<THREADS>& shared,
-                          int thread_index) {
-  if (thread_index < n) shared.bins[thread_index] = keys.key(found[thread_index]);
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  if (thread_index >= n) return n;
-  const uint key = shared.bins[thread_index];
-  int rank = 0;
-  for (int i = 0; i < thread_index; i++) rank += shared.bins[i] >= key;
-  for (int i = thread_index + 1; i < n; i++) rank += shared.bins[i] > key;
-  return rank;
-}
 """
-"""``find_best`` and ``rank_found``. Keys are unsigned numbers that a functor gives by number."""
+"""``find_best``. Keys are unsigned numbers that a functor gives by number."""

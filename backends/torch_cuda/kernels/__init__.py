@@ -91,7 +91,6 @@ class TritonKernel:
 
 
 ATTEND_DENSE = TritonKernel("attend_dense")
-PACK_ROWS = TritonKernel("pack_rows")
 REBUILD_ROWS = TritonKernel("rebuild_rows")
 REBUILD_KEYS = TritonKernel("rebuild_keys")
 QUERY_TERMS = TritonKernel("query_terms")

@@ -1,4 +1,4 @@
-"""Attention over dense rows and slots, and the logarithm of what they are given, in one kernel."""
+"""Attention over dense and recent rows, and the logarithm of what they are given, in one kernel."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import triton.language as tl
 
 from xkv.backends.torch_cuda.kernels import KERNEL_DTYPES
 from xkv.ops.backend import Backend
+from xkv.ops.recent import packed
 from xkv.ops.scores import Dense
-from xkv.ops.slots import Slots, pack_rows
 from xkv.ops.types import Array
 
 BLOCK_ROWS = 32
@@ -36,7 +36,7 @@ def add_rows(best, total, sums, score, values):
         *("queries", "keys", "values", "keys_batch", "keys_head", "keys_row"),
         *("values_batch", "values_head", "values_row", "n_used", "numbers", "numbers_batch"),
         *("numbers_head", "numbers_row", "scales", "scales_batch", "scales_head", "scales_row"),
-        *("sinks", "n_rows", "n_slots", "n_heads", "n_queries", "n_sharing"),
+        *("sinks", "n_rows", "n_recent", "n_heads", "n_queries", "n_sharing"),
     ]
 )
 def attend_dense_kernel(
@@ -62,7 +62,7 @@ def attend_dense_kernel(
     output,
     totals,
     n_rows,
-    n_slots,
+    n_recent,
     n_heads,
     n_queries,
     n_sharing,
@@ -94,9 +94,9 @@ def attend_dense_kernel(
         best = tl.full((), -1e38, tl.float32)
         total = tl.zeros((), tl.float32)
     sums = tl.zeros((N_VALUES,), tl.float32)
-    for start in range(0, n_slots, N):
+    for start in range(0, n_recent, N):
         rows = (start + tl.arange(0, N)).to(tl.int64)
-        is_row = rows < n_slots
+        is_row = rows < n_recent
         at = numbers + (rows * numbers_row)[:, None]
         x = tl.load(at + features[None, :], mask=is_row[:, None] & is_feature, other=0)
         of_key = tl.load(scales + rows * scales_row, mask=is_row, other=0.0)
@@ -128,9 +128,9 @@ class AttendDense:
     """:func:`xkv.ops.working_set.attend_dense`
 
     A program takes a query of a query head, and all rows, 32 at a time: their keys and values,
-    ``head_dim + value_dim`` elements, and of slots as many bytes and 8, which the other queries of
-    the KV head read out of the L2 cache. ``2 * (head_dim + value_dim)`` flops a row, an exponential
-    and some conversions. It writes an output and a number.
+    ``head_dim + value_dim`` elements, and of recent ones as many bytes and 8, which the other
+    queries of the KV head read out of the L2 cache. ``2 * (head_dim + value_dim)`` flops a row, an
+    exponential and some conversions. It writes an output and a number.
     """
 
     name = "attend_dense"
@@ -154,7 +154,7 @@ class AttendDense:
     def sample(
         self, backend: Backend, queries: Array, dense: Dense, sinks: Array | None
     ) -> tuple[Any, ...]:
-        """Several of everything, one and a bit blocks of rows and of slots."""
+        """Several of everything, one and a bit blocks of rows and of recent ones."""
         n_queries = 1 if dense.n_used is not None else 3
         dims = dense.keys.shape[-1], dense.values.shape[-1]
         drawn = backend.normal((2, 4, n_queries, dims[0]), 0) * (3 * dims[0] ** -0.5)
@@ -162,21 +162,21 @@ class AttendDense:
             backend.normal((2, 2, BLOCK_ROWS + 5, dim), seed) for seed, dim in enumerate(2 * dims)
         )
         held = keys.to(dense.keys.dtype), values.to(dense.values.dtype)
-        slots = dense.slots
-        if slots is not None:
-            slots = Slots(*pack_rows(backend, *others), slots.rows)
+        recent = dense.recent
+        if recent is not None:
+            recent = packed(backend, *others)
         n_used = None if dense.n_used is None else dense.n_used * 0 + BLOCK_ROWS + 2
         if sinks is not None:
             sinks = drawn[0, :, 0, 0].to(sinks.dtype)
-        return drawn.to(queries.dtype), Dense(*held, n_used, slots), sinks
+        return drawn.to(queries.dtype), Dense(*held, n_used, recent), sinks
 
     def check_key(self, queries: Array, dense: Dense, sinks: Array | None) -> tuple[Any, ...]:
-        """Dtypes, dims, and whether there are slots, sinks, and rows out of use."""
+        """Dtypes, dims, and whether there are recent rows, sinks, and rows out of use."""
         dtypes = str(queries.dtype).removeprefix("torch."), dense.keys.dtype
         of_sinks = None if sinks is None else sinks.dtype
         of_used = None if dense.n_used is None else dense.n_used.dtype
         dims = dense.keys.shape[-1], dense.values.shape[-1]
-        return *dtypes, *dims, of_sinks, of_used, dense.slots is not None
+        return *dtypes, *dims, of_sinks, of_used, dense.recent is not None
 
     def __call__(self, queries: Array, dense: Dense, sinks: Array | None) -> tuple[Array, Array]:
         """``[B, n_heads, Lq, value_dim]`` as the queries are, ``[B, n_heads, Lq]`` in float32."""
@@ -186,10 +186,10 @@ class AttendDense:
             torch.empty((*queries.shape[:3], *last), dtype=dtype, device=queries.device)
             for last, dtype in (((value_dim,), queries.dtype), ((), torch.float32))
         )
-        numbers, scales, n_slots = dense.keys, totals, 0
-        if dense.slots is not None:
-            numbers, scales = dense.slots.numbers.contiguous(), dense.slots.scales.contiguous()
-            n_slots = numbers.shape[2]
+        numbers, scales, n_recent = dense.keys, totals, 0
+        if dense.recent is not None:
+            numbers, scales = dense.recent.numbers.contiguous(), dense.recent.scales.contiguous()
+            n_recent = numbers.shape[2]
         attend_dense_kernel[(n_heads, n_queries, batch)](
             queries=queries.contiguous(),
             keys=dense.keys,
@@ -213,7 +213,7 @@ class AttendDense:
             output=output,
             totals=totals,
             n_rows=n_rows,
-            n_slots=n_slots,
+            n_recent=n_recent,
             n_heads=n_heads,
             n_queries=n_queries,
             n_sharing=n_heads // n_kv_heads,

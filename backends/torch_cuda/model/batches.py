@@ -48,8 +48,8 @@ def _layer(layer: LayerRows, pick: Pick) -> LayerRows:
         x if x.allocated is None else x._replace(allocated=pick(x.allocated))
         for x in (layer.keys, layer.values)
     )
-    slots = None if layer.slots is None else layer.slots.map(pick)
-    return layer._replace(keys=keys, values=values, slots=slots)
+    recent = None if layer.recent is None else layer.recent.map(pick)
+    return layer._replace(keys=keys, values=values, recent=recent)
 
 
 def _picked(store: Store | None, pick: Pick) -> Store | None:

@@ -15,7 +15,6 @@ from xkv.backends.torch_cuda.model.probe import cache_argument
 from xkv.backends.torch_cuda.model.xkv_cache import XKVCache
 from xkv.cache.lowrank_cache import LayerCache
 from xkv.errors import InputError
-from xkv.ops.working_set import SWAP_STEPS
 
 Run = Callable[[], torch.Tensor]
 
@@ -56,7 +55,7 @@ class Decoder:
     ) -> None:
         _check(cache)
         self.model, self.cache = model, cache
-        self._record = record or (_Graphs() if model.device.type == "cuda" else None)
+        self._record = record or (_graph if model.device.type == "cuda" else None)
         self._argument = cache_argument(model)
         self._n_new = torch.zeros(1, dtype=torch.int64, device=model.device)
         """Rows that are in use behind those that the recorded step counts on."""
@@ -64,7 +63,7 @@ class Decoder:
         self._n_seen = 0
         self._buffer: torch.Tensor | None = None
         self._is_warm = False
-        self._replays: dict[int, Replay] = {}
+        self._replay: Replay | None = None
 
     @torch.inference_mode()
     def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -90,12 +89,10 @@ class Decoder:
         # a step that is run and not replayed counts all rows but its own by itself
         self._n_new.fill_(1)
         if self._is_warm and self._record is not None:
-            phase = self._n_seen % SWAP_STEPS
-            if phase not in self._replays:
-                self._replays[phase] = Replay(self._record(self._step), self._n_seen)
-            replay = self._replays[phase]
-            self._n_new.fill_(1 + self._n_seen - replay.n_seen)
-            logits = replay.run()
+            if self._replay is None:
+                self._replay = Replay(self._record(self._step), self._n_seen)
+            self._n_new.fill_(1 + self._n_seen - self._replay.n_seen)
+            logits = self._replay.run()
         else:
             # kernels are compiled, and checked, before anything is recorded
             logits = self._step()
@@ -118,7 +115,7 @@ class Decoder:
     @storing()
     def _begin(self, tokens: torch.Tensor) -> None:
         """Make room for the steps up to the next fold."""
-        self._replays, self._is_warm = {}, False
+        self._replay, self._is_warm = None, False
         parts = self._parts
         if not all(part.is_compressed for part in parts):
             return
@@ -187,21 +184,14 @@ class _StaticLayer(CacheLayerMixin, AttendingLayer):
         return -1
 
 
-class _Graphs:
-    """Makes CUDA graphs of steps, which follow each other and so share memory."""
+def _graph(run: Run) -> Run:
+    """A CUDA graph of a step; recording computes nothing."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
 
-    def __init__(self) -> None:
-        self._pool: Any = None
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return output
 
-    def __call__(self, run: Run) -> Run:
-        """A graph of a step; recording computes nothing."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            output = run()
-        self._pool = graph.pool()
-
-        def replay() -> torch.Tensor:
-            graph.replay()
-            return output
-
-        return replay
+    return replay

@@ -27,9 +27,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: pip install triton (Linux)")
 OPERATIONS = [
     *("rebuild_rows keys", "rebuild_rows values", "rebuild_keys", "weigh_rows", "index_scores"),
-    *("query_terms", "attend_dense", "pack_rows"),
+    *("query_terms", "attend_dense"),
 ]
-WITHOUT_LATENT = ("query_terms", "attend_dense", "pack_rows")
+WITHOUT_LATENT = ("query_terms", "attend_dense")
 WITHOUT_ROWS = ("index_scores", *WITHOUT_LATENT)
 """Those that take no numbers of a latent's rows."""
 """A kernel's name, and of which rows."""
@@ -50,8 +50,6 @@ def arguments(backend: Backend, operation: str, x: DecodeInputs) -> tuple[Any, .
         return x.queries * x.scale, index_basis(backend, x.segment.keys), x.case.spec
     if operation == "attend_dense":
         return x.queries * x.scale, x.dense, None
-    if operation == "pack_rows":
-        return x.dense.keys, x.dense.values
     return getattr(x.segment, operation.split()[1]), x.rows
 
 
@@ -90,7 +88,7 @@ def trapped(backend: Backend, operation: str, args: tuple[Any, ...]) -> tuple[An
 
     if operation == "attend_dense":
         queries, dense, sinks = args
-        return queries, Dense(*map(spared, dense[:2]), None, dense.slots), sinks
+        return queries, Dense(*map(spared, dense[:2]), None, dense.recent), sinks
 
     def hide(latent: Latent) -> Latent:
         is_used = np.full(latent.shape[:2], not has_rows)
@@ -119,8 +117,6 @@ def dtypes_of(operation: str, args: Any) -> list[torch.dtype]:
         return [torch.float32]
     if operation == "attend_dense":
         return [args[0].dtype, torch.float32]
-    if operation == "pack_rows":
-        return [torch.int8, torch.float32]
     if operation == "weigh_rows":
         return [args[-1].dtype] * 2
     if operation == "query_terms":

@@ -10,8 +10,8 @@ import torch
 from xkv.backends.torch_cuda import kernels as triton_kernels
 from xkv.config import BAND
 from xkv.ops.latent import Latent
+from xkv.ops.recent import Recent
 from xkv.ops.scores import Dense
-from xkv.ops.slots import Slots
 from xkv.ops.types import RopeRun, RopeSpec, Stored
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -56,14 +56,13 @@ def launches(dtype: torch.dtype, head_dim: int) -> list[tuple[triton_kernels.Tri
         index = array(1, n_index, 8, head_dim, dtype=dtype)
         found.append((triton_kernels.QUERY_TERMS, (queries, index, spec)))
     rows = array(1, 8, 300, head_dim, dtype=dtype)
-    packed = [array(1, 8, 512, 2 * head_dim, dtype=torch.int8)]
-    packed.append(array(1, 8, 512, 2, dtype=torch.float32))
-    dense = Dense(rows, rows, None, Slots(*packed, array(1, 8, 512, dtype=torch.int32)))
+    numbers = array(1, 8, 512, 2 * head_dim, dtype=torch.int8)
+    recent = Recent(numbers, array(1, 8, 512, 2, dtype=torch.float32))
+    dense = Dense(rows, rows, None, recent)
     unused = dense._replace(n_used=array(1, dtype=torch.int64))
     sinks = array(32, dtype=dtype)
     for given in ((dense, None), (dense, sinks), (unused, None)):
         found.append((triton_kernels.ATTEND_DENSE, (queries, *given)))
-    found.append((triton_kernels.PACK_ROWS, (rows, rows)))
     return found
 
 

@@ -38,23 +38,22 @@ def test_kernel_matches_reference(
 
 EDGES = [
     *(
-        DecodeCase(300, 2, 1, 64, 16, 16, n_rebuilt=n, n_kept=0)
+        DecodeCase(300, 2, 1, 64, 16, 16, n_rebuilt=n, n_recent=0)
         for n in (1, 31, 32, 33, 63, 64, 65, 129)
     ),
-    *(DecodeCase(40, 2, 1, 64, rank, rank, n_kept=0) for rank in (1, 31, 33, 63, 64, 65)),
-    *(DecodeCase(n, 2, 1, 64, 16, 16, n_rebuilt=1, n_kept=0) for n in (1, 63, 65, 255, 256, 257)),
-    *(DecodeCase(70, 17 * n, n, 64, bits=(3,) * 18, n_kept=0, n_rebuilt=3) for n in (1, 3)),
-    *(DecodeCase(70, 1, 1, 64, 16, 16, n_queries=n, n_kept=0) for n in (15, 16, 33)),
+    *(DecodeCase(40, 2, 1, 64, rank, rank, n_recent=0) for rank in (1, 31, 33, 63, 64, 65)),
+    *(DecodeCase(n, 2, 1, 64, 16, 16, n_rebuilt=1, n_recent=0) for n in (1, 63, 65, 255, 256, 257)),
+    *(DecodeCase(70, 17 * n, n, 64, bits=(3,) * 18, n_recent=0, n_rebuilt=3) for n in (1, 3)),
+    *(DecodeCase(70, 1, 1, 64, 16, 16, n_queries=n, n_recent=0) for n in (15, 16, 33)),
     DecodeCase(70, 4, 2, 32, 16, 16, rope_dims=16),
 ]
 """Around a kernel's tiles of rows, of columns, of blocks, of queries, of bands and of pairs."""
 ODD_SIZES = [
-    ("query_terms", DecodeCase(70, 4, 2, 64, 16, 16, rope_dims=2, n_kept=0)),
-    ("query_terms", DecodeCase(70, 4, 2, 64, 32, 16, rope_dims=34, n_kept=0, traditional=True)),
-    ("query_terms", DecodeCase(70, 2, 1, 80, 1, 16, n_kept=0, n_queries=3, rope_scale=1.2)),
-    *(("weigh_rows", DecodeCase(70, 4, 2, n, 16, 16, n_kept=0)) for n in (1, 63, 65, 80, 256)),
-    *(("attend_dense", DecodeCase(70, 4, 2, n, 16, 16, n_kept=n)) for n in (1, 33, 80)),
-    *(("pack_rows", DecodeCase(70, 4, 2, n, 16, 16, n_kept=0)) for n in (1, 63, 80, 256)),
+    ("query_terms", DecodeCase(70, 4, 2, 64, 16, 16, rope_dims=2, n_recent=0)),
+    ("query_terms", DecodeCase(70, 4, 2, 64, 32, 16, rope_dims=34, n_recent=0, traditional=True)),
+    ("query_terms", DecodeCase(70, 2, 1, 80, 1, 16, n_recent=0, n_queries=3, rope_scale=1.2)),
+    *(("weigh_rows", DecodeCase(70, 4, 2, n, 16, 16, n_recent=0)) for n in (1, 63, 65, 80, 256)),
+    *(("attend_dense", DecodeCase(70, 4, 2, n, 16, 16, n_recent=n)) for n in (1, 33, 80)),
 ]
 """Of features that other kernels do not take."""
 EDGE_OPERATIONS = ["rebuild_keys", "weigh_rows", "index_scores", "query_terms"]
@@ -81,7 +80,7 @@ def test_attend_dense_takes_sinks_and_rows_in_use(
     backend: Backend, reference: Backend, n_used: int | None, dtype: str
 ) -> None:
     """As many as the device counts, of buffers with NaN in those that are not."""
-    case = DecodeCase(70, 8, 2, 64, 16, 16, n_dense=70, n_kept=40, batch=2)
+    case = DecodeCase(70, 8, 2, 64, 16, 16, n_dense=70, n_recent=40, batch=2)
     x = make_inputs(backend, case, dtype)
     queries, dense, _ = arguments(backend, "attend_dense", x)
     sinks = backend.normal((case.n_heads,), 5) + 3
@@ -90,8 +89,8 @@ def test_attend_dense_takes_sinks_and_rows_in_use(
         held = [torch.nn.functional.pad(y[..., :n_used, :], (0, 0, 0, 9)) for y in dense[:2]]
         for y in held:
             y[..., n_used:, :] = torch.nan
-        given = Dense(*held, torch.tensor([n_used], device=x.rows.device), dense.slots)
-        dense = Dense(*(y[..., :n_used, :] for y in dense[:2]), None, dense.slots)
+        given = Dense(*held, torch.tensor([n_used], device=x.rows.device), dense.recent)
+        dense = Dense(*(y[..., :n_used, :] for y in dense[:2]), None, dense.recent)
     got = results(backend.attend_dense(queries, given, sinks))
     assert backend.kernels.last_path["attend_dense"] == "attend_dense"
     exact = mapped(

@@ -35,9 +35,9 @@ CASE = DecodeCase(
     n_queries=5,
     start=40,
     n_dense=40,
-    n_kept=40,
+    n_recent=40,
 )
-"""Straddling words, three blocks, two tiles of queries and of rows, of dense ones and of slots."""
+"""Straddling words, three blocks, two tiles of queries and of rows, of dense and recent ones."""
 
 FAULTS = [
     ("rebuild_rows", "position + ids", "position + ids + 1"),
@@ -144,9 +144,9 @@ FAULTS = [
     ("query_terms", "feature < head_dim", "feature < head_dim - 1"),
     ("query_terms", "products += x", "products = x"),
     ("attend_dense", "start + tl.arange(0, N)", "tl.arange(0, N)"),
-    ("attend_dense", "range(0, n_slots, N)", "range(0, N, N)"),
+    ("attend_dense", "range(0, n_recent, N)", "range(0, N, N)"),
     ("attend_dense", "range(0, n_seen, N)", "range(0, N, N)"),
-    ("attend_dense", "rows < n_slots", "rows < n_slots - 1"),
+    ("attend_dense", "rows < n_recent", "rows < n_recent - 1"),
     ("attend_dense", "rows < n_seen", "rows < n_seen - 1"),
     ("attend_dense", "- n_queries + query + 1", "- n_queries + 1"),
     ("attend_dense", "- n_queries + query + 1", "- 0 * query"),
@@ -172,19 +172,6 @@ FAULTS = [
     ("attend_dense", "best + tl.log(total)", "tl.log(total)"),
     ("attend_dense", "(batch * n_heads + head)", "head"),
     ("attend_dense", "* n_queries + query\n", "* n_queries\n"),
-    ("pack_rows", "batch * keys_batch", "0 * keys_batch"),
-    ("pack_rows", "head * keys_head", "0 * keys_head"),
-    ("pack_rows", "row * keys_row", "0 * keys_row"),
-    ("pack_rows", "batch * values_batch", "0 * values_batch"),
-    ("pack_rows", "head * values_head", "0 * values_head"),
-    ("pack_rows", "row * values_row", "0 * values_row"),
-    ("pack_rows", "tl.max(tl.abs(x), axis=0)", "tl.max(x, axis=0)"),
-    ("pack_rows", "quotient + ADDED - ADDED", "quotient"),
-    ("pack_rows", "columns < dim", "columns < dim - 1"),
-    ("pack_rows", "numbers + key_dim", "numbers"),
-    ("pack_rows", "scales + 1", "scales"),
-    ("pack_rows", "scales += 2 * place", "scales += place"),
-    ("pack_rows", "head_of_batch * n_rows", "head * n_rows"),
     ("common of index_scores", "codes | rest <<", "codes | 0 * rest <<"),
 ]
 

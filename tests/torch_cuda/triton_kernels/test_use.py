@@ -31,22 +31,15 @@ from xkv.ops.types import RopeRun
 pytestmark = needs_triton
 
 
-@pytest.mark.parametrize(
-    ("size", "has_kept_rows"),
-    [({"rank_k": 40, "rank_v": 56, "kept_share": 0.0}, False), ({"compression": 2}, True)],
-    ids=str,
-)
-def test_cache_decodes_on_kernels(
-    backend: Backend, size: dict[str, Any], has_kept_rows: bool
-) -> None:
+@pytest.mark.parametrize("size", [{"rank_k": 40, "rank_v": 56}, {"compression": 2}], ids=str)
+def test_cache_decodes_on_kernels(backend: Backend, size: dict[str, Any]) -> None:
     config = xkv.XKVConfig(**size, sinks=2, window=20, budget=64)
     plain = xkv.load_backend("torch", device=str(backend.device), kernels="off")
     backend.kernels.last_path.clear()
     got = decode_with_cache(backend, config)
     names = {operation.split()[0] for operation in OPERATIONS}
-    if not has_kept_rows:
-        # whose values are all that is rebuilt but for keys with scores
-        names -= {"rebuild_rows", "pack_rows"}
+    # keys come with their scores
+    names.remove("rebuild_rows")
     assert backend.kernels.last_path == {name: name for name in names}
     assert relative_error(got, decode_with_cache(plain, config)) <= TOLERANCE["float32"]
 
@@ -77,11 +70,11 @@ def refusals(backend: Backend) -> dict[str, tuple[str, tuple[Any, ...]]]:
         "2 rotary embeddings": ("rebuild_rows", (two_runs, rows)),
         "head_dim=80 is not one of 32, 64": (
             "rebuild_rows",
-            args_of("rebuild_rows values", DecodeCase(16, 1, 1, 80, 8, 8, n_kept=0)),
+            args_of("rebuild_rows values", DecodeCase(16, 1, 1, 80, 8, 8, n_recent=0)),
         ),
         "10 pairs are rotated": (
             "rebuild_rows",
-            args_of("rebuild_rows keys", DecodeCase(16, 1, 1, 64, 8, 8, rope_dims=20, n_kept=0)),
+            args_of("rebuild_rows keys", DecodeCase(16, 1, 1, 64, 8, 8, rope_dims=20, n_recent=0)),
         ),
         "basis is strided": ("rebuild_rows", (stored._replace(basis=off), rows)),
         "columns are strided": (
@@ -128,11 +121,6 @@ def refusals(backend: Backend) -> dict[str, tuple[str, tuple[Any, ...]]]:
             (scaled, dense._replace(keys=strided(dense.keys)), None),
         ),
         "several queries of rows that are not all in use": ("attend_dense", (two, unused, None)),
-        "pack_rows cannot run: the values are torch.float64": (
-            "pack_rows",
-            (dense.keys, dense.values.double()),
-        ),
-        "rows are strided": ("pack_rows", (dense.keys, strided(dense.values))),
         "the latent is torch.float64": (
             "index_scores",
             (absorbed, latent.map(doubled), offsets, n_kv_heads),
@@ -156,10 +144,10 @@ def test_other_bits_are_the_same_compilation(backend: Backend) -> None:
         kernel = triton_kernels.TritonKernel(operation.split()[0])
         keys = set()
         for bits in ((4,), (6, 2, 2), (8, 6, 5, 4, 3, 2)):
-            case = DecodeCase(70, 4, 2, 64, bits=bits, n_kept=0)
+            case = DecodeCase(70, 4, 2, 64, bits=bits, n_recent=0)
             args = arguments(backend, operation, make_inputs(backend, case, "float16"))
             keys.add(kernel.check_key(*args))
-        case = replace(CASES[0], n_kept=0)
+        case = replace(CASES[0], n_recent=0)
         plain = arguments(backend, operation, make_inputs(backend, case, "float16"))
         assert len(keys) == 1
         assert (kernel.check_key(*plain) in keys) == (operation in WITHOUT_LATENT)
@@ -204,7 +192,6 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     of_dtype["query_terms_kernel"] = (4,)
     # whether there are sinks, and rows that are not in use
     of_dtype["attend_dense_kernel"] = 1, 1, 1
-    of_dtype["pack_rows_kernel"] = (1,)
     for name, counts in of_dtype.items():
         found = [int(n) for x, n in zip(names, shared_by, strict=True) if x == name]
         assert sorted(found[: 2 * len(counts)]) == sorted(2 * counts), compiled.stdout

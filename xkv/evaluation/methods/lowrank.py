@@ -131,12 +131,12 @@ def parse_options(text: dict[str, Any], name: str) -> LowRank:
 class IndexedPrefix(Prefix):
     """A document of whose stored rows each call attends to those that its index finds.
 
-    As in :func:`xkv.ops.attention.attend_set`, but that the rows are chosen anew in every call.
+    As in :func:`xkv.ops.working_set.attend_set`, for several questions at once.
 
     Args:
-        stored: Keys of the segment.
+        stored: Keys of the segment but for recent rows.
         is_dense: Boolean ``[S]``: rows that are not in it.
-        n_attended: Rows of the segment for each KV head.
+        n_chosen: Rows of the segment for each KV head.
     """
 
     def __init__(
@@ -147,10 +147,10 @@ class IndexedPrefix(Prefix):
         n_tokens: int,
         stored: Stored,
         is_dense: np.ndarray,
-        n_attended: int,
+        n_chosen: int,
     ) -> None:
         super().__init__(backend, keys, values, n_tokens)
-        self._stored, self._n_attended = stored, n_attended
+        self._stored, self._n_chosen = stored, n_chosen
         self._dense_rows = backend.from_numpy(np.flatnonzero(is_dense))
         self._is_dense = backend.from_numpy(is_dense)
 
@@ -174,7 +174,7 @@ class IndexedPrefix(Prefix):
             xp.reshape(offsets, (queries.shape[0], -1)),
             n_kv_heads,
         )
-        chosen = backend.top_indices(worth, self._n_attended) + self._stored.start
+        chosen = backend.top_indices(worth, self._n_chosen) + self._stored.start
         shape = (queries.shape[0], n_kv_heads, n_rows)
         marks = xp.zeros(shape, dtype=xp.float32, **backend.placement)
         ones = xp.ones(chosen.shape, dtype=xp.float32, **backend.placement)
@@ -219,11 +219,17 @@ def _rows(cache: LowRankCache, document: Document, index: int) -> dict[str, Any]
     layer = cache.layers[index]
     keys, values = layer.dense()
     found: dict[str, Any] = {"keys": keys, "values": values}
-    mine = layer.rows
-    n_rebuilt = cache.config.rebuilt_at(mine.n_segment, mine.n_kept)
+    mine, backend = layer.rows, cache.backend
+    n_rebuilt = cache.config.rebuilt_at(mine.n_segment, mine.n_recent)
     if n_rebuilt is not None:
-        positions = np.arange(layer.offset)
-        found["is_dense"] = (positions < mine.start) | (positions >= mine.start + mine.n_segment)
-        found["stored"] = layer.view.segment(keys.dtype).keys
-        found["n_attended"] = mine.n_kept + n_rebuilt
+        positions, end = np.arange(layer.offset), mine.start + mine.n_segment
+        first = end - mine.n_recent
+        found["is_dense"] = (positions < mine.start) | (positions >= first)
+        found["stored"] = layer.view.segment(keys.dtype, mine.n_recent).keys
+        found["n_chosen"] = n_rebuilt
+        if mine.recent is not None:
+            for name, rows in (("keys", keys), ("values", values)):
+                recent = getattr(mine.recent, name)(backend, keys.shape[-1], rows.dtype)
+                parts = [rows[..., :first, :], recent, rows[..., end:, :]]
+                found[name] = backend.xp.concat(parts, axis=-2)
     return found

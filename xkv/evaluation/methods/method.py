@@ -41,8 +41,8 @@ class Compressed:
     converse: Callable[[], Conversation]
     detail: str = ""
 
-    def layers(self, one_by_one: bool) -> Sequence[Any]:
-        """What a text goes on over: where token follows token, the cache that a reply would have."""
+    def layers(self, one_by_one: bool) -> Sequence[PromptLayer | LayerCache]:
+        """What a text goes on over; where tokens come one by one, the cache of a reply."""
         return self.converse().layers if one_by_one else self.start()
 
 

@@ -1,4 +1,4 @@
-"""Rows that a working set keeps between steps, in 8 bits."""
+"""The last rows of a segment as they were computed, in 8 bits."""
 
 from __future__ import annotations
 
@@ -12,27 +12,24 @@ LARGEST = 127
 """Of the whole numbers that stand for a row: 8 bits, symmetric about zero."""
 
 SCALE_BYTES = 8
-SLOT_NUMBERS = SCALE_BYTES + 4
-"""Bytes of a slot beside its features: two scales, and which row it holds."""
+"""Of a row, beside its features."""
 
 
-class Slots(NamedTuple):
-    """Copies of some stored rows, of which each KV head has its own. A value."""
+class Recent(NamedTuple):
+    """Rows that every step attends to, with a scale for each key and each value. A value."""
 
     numbers: Array
     """``[B, n_kv_heads, K, head_dim + value_dim]`` int8: rotated keys, then values."""
     scales: Array
     """``[B, n_kv_heads, K, 2]`` float32: the factors of a row's key and of its value."""
-    rows: Array
-    """Their row numbers in the segment, distinct, ``[B, n_kv_heads, K]`` int32."""
 
     @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for x in self)
+    def n_rows(self) -> int:
+        return self.numbers.shape[2]
 
-    def map(self, function: Callable[[Array], Array]) -> Slots:
+    def map(self, function: Callable[[Array], Array]) -> Recent:
         """With each array changed along the axes before the features."""
-        return Slots(*(function(x) for x in self))
+        return Recent(function(self.numbers), function(self.scales))
 
     def keys(self, backend: Operations, head_dim: int, dtype: Any) -> Array:
         """``[B, n_kv_heads, K, head_dim]``"""
@@ -46,26 +43,24 @@ class Slots(NamedTuple):
         xp = backend.xp
         return xp.astype(numbers, dtype) * xp.astype(self.scales[..., which, None], dtype)
 
-    def joined(self, backend: Operations, others: Slots) -> Slots:
-        """These, then others."""
+    def followed(self, backend: Operations, others: Recent, n_rows: int) -> Recent:
+        """The last ``n_rows``, at most, of these and then others, in arrays of their own."""
         pairs = zip(self, others, strict=True)
-        return Slots(*(backend.xp.concat(list(pair), axis=2) for pair in pairs))
+        joined = Recent(*(backend.xp.concat(list(pair), axis=2) for pair in pairs))
+        return joined.map(lambda x: backend.own(x[:, :, -n_rows:]))
 
-    def swapped(self, backend: Operations, at: Array, entering: Slots) -> Slots:
-        """With others in some slots, ``[B, n_kv_heads, n]``; what was there is not needed again."""
-        pairs = zip(self, entering, strict=True)
-        return Slots(*(backend.put_along(x, at, y, in_place=True) for x, y in pairs))
+    def without_last(self, n_rows: int) -> Recent | None:
+        """Fewer rows; None for none."""
+        n_left = self.n_rows - n_rows
+        return self.map(lambda x: x[:, :, :n_left]) if n_left > 0 else None
 
 
-def pack_rows(backend: Operations, keys: Array, values: Array) -> tuple[Array, Array]:
-    """Rows as slots hold them.
+def packed(backend: Operations, keys: Array, values: Array) -> Recent:
+    """Rows in 8 bits.
 
     Args:
         keys: ``[B, n_kv_heads, n, head_dim]``, rotated.
         values: ``[B, n_kv_heads, n, value_dim]``
-
-    Returns:
-        ``numbers`` and ``scales`` of :class:`Slots`.
     """
     xp, parts, scales = backend.xp, [], []
     for x in (keys, values):
@@ -75,4 +70,4 @@ def pack_rows(backend: Operations, keys: Array, values: Array) -> tuple[Array, A
         divisor = scale + xp.astype(scale == 0, xp.float32)
         parts.append(xp.astype(xp.round(wide / divisor), xp.int8))
         scales.append(scale)
-    return xp.concat(parts, axis=-1), xp.concat(scales, axis=-1)
+    return Recent(xp.concat(parts, axis=-1), xp.concat(scales, axis=-1))
