@@ -144,9 +144,6 @@ class MLXBackend(Backend):
     def logsumexp(self, x: Array) -> Array:
         return mx.logsumexp(x, axis=-1)
 
-    def take_along(self, x: Array, at: Array) -> Array:
-        return mx.take_along_axis(x, at[..., None] if x.ndim > at.ndim else at, axis=2)
-
     def put_along(self, x: Array, at: Array, values: Array) -> Array:
         at = at[..., None] if x.ndim > at.ndim else at
         return mx.put_along_axis(x, at, values.astype(x.dtype), axis=2)

@@ -142,10 +142,6 @@ class TorchBackend(Backend):
     def logsumexp(self, x: Array) -> Array:
         return torch.logsumexp(x, dim=-1)
 
-    def take_along(self, x: Array, at: Array) -> Array:
-        at = at.long() if x.ndim == at.ndim else at.long()[..., None]
-        return torch.take_along_dim(x, at, dim=2)
-
     def put_along(self, x: Array, at: Array, values: Array) -> Array:
         at = at.long() if x.ndim == at.ndim else at.long()[..., None].expand_as(values)
         values = values.to(x.dtype).expand_as(at)

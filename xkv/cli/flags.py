@@ -67,7 +67,7 @@ def add_compression_flags(parser: argparse.ArgumentParser, has_kernels: bool = T
         "--kept-share",
         type=float,
         default=XKVConfig.kept_share,
-        help="share of the bytes held for rows that stay ready between decode steps "
+        help="share of the bytes held for recent rows, which stay at hand in 8 bits "
         f"(default: {XKVConfig.kept_share})",
     )
     cache.add_argument(

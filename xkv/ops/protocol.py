@@ -134,12 +134,8 @@ class Operations(ABC):
         """``log(sum(exp(x)))`` over the last axis."""
 
     @abstractmethod
-    def take_along(self, x: Array, at: Array) -> Array:
-        """``[B, n_kv_heads, N(, dim)]`` at ``[B, n_kv_heads, n]`` of the third axis."""
-
-    @abstractmethod
     def put_along(self, x: Array, at: Array, values: Array) -> Array:
-        """The inverse of :meth:`take_along`: ``x`` with other values there."""
+        """``[B, n_kv_heads, N(, dim)]`` with other values at ``[B, n_kv_heads, n]`` of axis 2."""
 
     def add_product(self, x: Array, left: Array, right: Array) -> Array:
         """``x + left @ right``"""

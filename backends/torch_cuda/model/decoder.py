@@ -32,10 +32,9 @@ class Decoder:
 
     Between two folds of the tail nothing of a compressed cache changes but the rows behind it. They
     are written into buffers with room for all of them, at a position that the device counts, so
-    that a step can be recorded and replayed: one for each of the few among which working sets'
-    swaps are divided. The step in which the tail may be folded runs
-    as it would without a decoder; so does every step while the prompt is not compressed. A graph
-    keeps the memory of its step: where plain operations run, a layer's rebuilt keys too.
+    that a step can be recorded and replayed. The step in which the tail may be folded runs as it
+    would without a decoder; so does every step while the prompt is not compressed. A graph keeps
+    the memory of its step: where plain operations run, a layer's rebuilt keys too.
 
     Args:
         model: The cache's model.
