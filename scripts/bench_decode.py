@@ -45,7 +45,9 @@ def setup_arg_parser() -> argparse.ArgumentParser:
     parser.add_argument("--kernels", choices=["auto", "on", "off"], default="auto")
     parser.add_argument("--shape", choices=SHAPES, default="llama-8b", help="attention shapes")
     parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
-    parser.add_argument("--budget", type=int, help="recent rows and rebuilt ones, instead of the usual")
+    parser.add_argument(
+        "--budget", type=int, help="recent rows and rebuilt ones, instead of the usual"
+    )
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"])
     parser.add_argument("--every-row", action="store_true", help="time that form too")
     parser.add_argument("--runs", type=int, default=15, help="timed runs of each form")

@@ -95,9 +95,9 @@ class Run:
 
     @property
     def path(self) -> str:
-        """What rebuilt rows in the steps, plain if anything was; where all are, products do."""
+        """What rebuilt keys in the steps, plain if anything was; where all are, products do."""
         paths = self.backend.kernels.last_path
-        return "plain" if "plain" in paths.values() else paths.get("rebuild_keys", "plain")
+        return "plain" if "plain" in paths.values() else paths.get("key_scores", "plain")
 
 
 def compare_generation(device: torch.device, n_steps: int) -> Iterator[Line]:

@@ -14,8 +14,8 @@ from xkv.backends.mlx_metal.kernels import (
     choose_rows,
     common,
     index_scores,
+    key_scores,
     query_terms,
-    rebuild_rows,
     weigh_rows,
 )
 from xkv.backends.mlx_metal.rotation import rotation_at
@@ -166,11 +166,6 @@ class MLXBackend(Backend):
     def reset_peak_memory(self) -> None:
         mx.reset_peak_memory()
 
-    def rebuild_rows(self, stored: Stored, rows: Array) -> Array:
-        return self.kernels.run(
-            "rebuild_rows", rebuild_rows.KERNEL, super().rebuild_rows, stored, rows
-        )
-
     def choose_rows(self, worth: Array, count: int) -> Array:
         return self.kernels.run("choose_rows", choose_rows.KERNEL, self._best_rows, worth, count)
 
@@ -178,9 +173,9 @@ class MLXBackend(Backend):
         # rising, as the kernel writes them: neighbours in memory follow each other
         return mx.sort(super().choose_rows(worth, count), axis=-1)
 
-    def rebuild_keys(self, stored: Stored, rows: Array, queries: Array) -> tuple[Array, Array]:
+    def key_scores(self, stored: Stored, rows: Array, queries: Array) -> Array:
         return self.kernels.run(
-            "rebuild_keys", rebuild_rows.KEYS, super().rebuild_keys, stored, rows, queries
+            "key_scores", key_scores.KERNEL, super().key_scores, stored, rows, queries
         )
 
     def weigh_rows(

@@ -190,17 +190,9 @@ class TorchBackend(Backend):
             *(queries, dense, sinks),
         )
 
-    def rebuild_rows(self, stored: Stored, rows: Array) -> Array:
+    def key_scores(self, stored: Stored, rows: Array, queries: Array) -> Array:
         return self.kernels.run(
-            "rebuild_rows", triton_kernels.REBUILD_ROWS, super().rebuild_rows, stored, rows
-        )
-
-    def rebuild_keys(self, stored: Stored, rows: Array, queries: Array) -> tuple[Array, Array]:
-        return self.kernels.run(
-            "rebuild_keys",
-            triton_kernels.REBUILD_KEYS,
-            super().rebuild_keys,
-            *(stored, rows, queries),
+            "key_scores", triton_kernels.KEY_SCORES, super().key_scores, stored, rows, queries
         )
 
     def weigh_rows(

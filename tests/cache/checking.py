@@ -111,12 +111,13 @@ def spied_rows(backend: Backend) -> Iterator[list[np.ndarray]]:
     """Inside, the rows that steps rebuild are noted."""
     seen: list[np.ndarray] = []
 
-    def rebuild(stored: Any, rows: Any) -> Any:
+    def choose(worth: Any, count: int) -> Any:
+        rows = type(backend).choose_rows(backend, worth, count)
         seen.append(np.array(backend.to_numpy(rows)))
-        return type(backend).rebuild_rows(backend, stored, rows)
+        return rows
 
-    backend.rebuild_rows = rebuild  # type: ignore[method-assign]
+    backend.choose_rows = choose  # type: ignore[method-assign]
     try:
         yield seen
     finally:
-        del backend.rebuild_rows
+        del backend.choose_rows

@@ -47,7 +47,7 @@ def test_doctor_says_what_could_not_be_checked(capsys, tmp_path, backend):
         for row in kernels:
             assert row["problem"].startswith("not checked: ") and "Metal" in row["problem"]
     names = [row["name"] for row in kernels]
-    latent = {"index_scores", "rebuild_rows", "rebuild_keys", "weigh_rows"}
+    latent = {"index_scores", "key_scores", "weigh_rows"}
     others = {"query_terms", "attend_dense"}
     others |= {"choose_rows"} if backend == "mlx" else set()
     assert set(names) == latent | others | {f"{name}, packed" for name in latent}

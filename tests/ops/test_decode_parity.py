@@ -13,7 +13,7 @@ from xkv import load_backend
 from xkv.checks.decode_cases import CASES, DTYPES, DecodeInputs, make_inputs
 from xkv.checks.operations import OPERATIONS
 from xkv.checks.tolerances import PLAIN_TOLERANCE, relative_error
-from xkv.ops.attention import attend_all, rebuild_all
+from xkv.ops.attention import attend_all, rebuild_all, rebuild_rows
 from xkv.ops.backend import Backend
 from xkv.ops.recent import packed
 from xkv.ops.scores import Dense
@@ -22,8 +22,7 @@ from xkv.ops.working_set import attend_set
 
 DECODING = (
     *("attend_dense", "query_terms", "absorbed_queries", "index_scores", "choose_rows"),
-    *("rebuild_keys", "rebuild_rows keys", "rebuild_rows values", "weigh_rows"),
-    *("attend_all", "attend_set"),
+    *("key_scores", "weigh_rows", "attend_all", "attend_set"),
 )
 
 
@@ -152,7 +151,7 @@ def test_rows_of_several_rope_runs_are_each_rotated_by_their_own(name):
     runs = (RopeRun(20, None), RopeRun(n_rows - 20, RopeSpec.standard(32, 99.0, True)))
     stored = x.segment.keys._replace(rope_runs=runs)
     every_row = backend.xp.broadcast_to(backend.positions(0, n_rows), (1, 2, n_rows))
-    got = backend.to_numpy(backend.rebuild_rows(stored, every_row))
+    got = backend.to_numpy(rebuild_rows(backend, stored, every_row))
     want = backend.to_numpy(rebuild_all(backend, stored))
     assert relative_error(got, want) < 1e-5
 

@@ -36,8 +36,7 @@ SHAPES = {
 }
 VIEWS = {"Broadcast", "ExpandDims", "Reshape", "Slice", "Squeeze", "Transpose"}
 CONFIG = XKVConfig(compression=8)
-KERNELS = {"attend_dense", "query_terms", "index_scores", "choose_rows"}
-KERNELS |= {"rebuild_rows", "rebuild_keys", "weigh_rows"}
+KERNELS = {"attend_dense", "query_terms", "index_scores", "choose_rows", "key_scores", "weigh_rows"}
 TRITON = KERNELS - {"choose_rows"}
 MOST_LAUNCHES = 11
 """Of a layer's step on Metal."""
@@ -106,20 +105,12 @@ class OneNodeEach(MLXBackend):
             return self.top_indices(worth, count)
         return _node((*worth.shape[:2], count), mx.int32, worth)
 
-    def rebuild_rows(self, stored, rows):
-        if "rebuild_rows" not in self.with_kernel:
-            return super().rebuild_rows(stored, rows)
-        shape = (*rows.shape, stored.basis.shape[-1])
-        return _node(shape, stored.basis.dtype, rows, stored.basis, *stored.latent.arrays)
-
-    def rebuild_keys(self, stored, rows, queries):
-        if "rebuild_keys" not in self.with_kernel:
-            return super().rebuild_keys(stored, rows, queries)
+    def key_scores(self, stored, rows, queries):
+        if "key_scores" not in self.with_kernel:
+            return super().key_scores(stored, rows, queries)
         n_queries = queries.shape[1] * queries.shape[2] // rows.shape[1]
-        scores = (*rows.shape[:2], n_queries, rows.shape[2])
-        shapes = (*rows.shape, stored.basis.shape[-1]), scores
-        read = rows, stored.basis, *stored.latent.arrays, queries
-        return _nodes(shapes, (queries.dtype, mx.float32), *read)
+        shape = (*rows.shape[:2], n_queries, rows.shape[2])
+        return _node(shape, mx.float32, rows, stored.basis, *stored.latent.arrays, queries)
 
     def weigh_rows(self, latent, rows, scores, totals, beside):
         if "weigh_rows" not in self.with_kernel:

@@ -18,7 +18,7 @@ from xkv.ops.loading import load_backend
 from xkv.planning.chips import CUDA_LAUNCH_US, METAL_LAUNCH_US, Chip, milliseconds
 
 DTYPES = ("float16", "bfloat16", "float32")
-READ_LATENTS = ("index_scores", "rebuild_rows", "rebuild_keys", "weigh_rows")
+READ_LATENTS = ("index_scores", "key_scores", "weigh_rows")
 """Operations that are checked on a packed latent and on a plain one."""
 
 CHECK_TOKENS = 1024
@@ -148,14 +148,13 @@ def _operations(step: DecodeStep, is_packed: bool) -> dict[str, Callable[[Backen
     worth = backend.index_scores(absorbed, keys.latent, offsets, n_kv_heads)
     rows = backend.choose_rows(worth, n_rebuilt)
     beside, totals = backend.attend_dense(queries, dense, None)
-    _, scores = backend.rebuild_keys(keys, rows, queries)
+    scores = backend.key_scores(keys, rows, queries)
     return {
         "attend_dense": lambda b: [*b.attend_dense(queries, dense, None)],
         "query_terms": lambda b: [b.query_terms(queries, basis, spec)],
         "index_scores": lambda b: [b.index_scores(absorbed, keys.latent, offsets, n_kv_heads)],
         "choose_rows": lambda b: [b.choose_rows(worth, n_rebuilt)],
-        "rebuild_rows": lambda b: [b.rebuild_rows(values, rows)],
-        "rebuild_keys": lambda b: [*b.rebuild_keys(keys, rows, queries)],
+        "key_scores": lambda b: [b.key_scores(keys, rows, queries)],
         "weigh_rows": lambda b: [*b.weigh_rows(values.latent, rows, scores, totals, beside)],
     }
 

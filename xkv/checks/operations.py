@@ -52,13 +52,6 @@ def _dequantize(bits: int) -> Operation:
     )
 
 
-def _rebuild_rows(name: str) -> Operation:
-    def rebuild(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
-        return backend.rebuild_rows(getattr(x.segment, name), x.rows)
-
-    return rebuild
-
-
 def absorbed_of(backend: Backend, x: DecodeInputs) -> Array:
     """The queries of a case in its index."""
     return absorbed_queries(backend, x.queries * x.scale, x.segment.keys)
@@ -109,16 +102,15 @@ def _choose_rows(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
     return _together(backend, (chosen,))
 
 
-def _rebuild_keys(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
-    keys_and_scores = backend.rebuild_keys(x.segment.keys, x.rows, x.queries * x.scale)
-    return _together(backend, keys_and_scores)
+def _key_scores(backend: Backend, x: DecodeInputs, dtype: str) -> Array:
+    return backend.key_scores(x.segment.keys, x.rows, x.queries * x.scale)
 
 
 def weighing_of(backend: Backend, x: DecodeInputs) -> tuple[Array, ...]:
     """Arguments of a weighing: scores of some rows, beside the attention over dense ones."""
     queries = x.queries * x.scale
     beside, totals = backend.attend_dense(queries, x.dense, None)
-    _, scores = backend.rebuild_keys(x.segment.keys, x.rows, queries)
+    scores = backend.key_scores(x.segment.keys, x.rows, queries)
     return x.segment.values.latent, x.rows, scores, totals, beside
 
 
@@ -193,11 +185,9 @@ OPERATIONS: dict[str, Operation] = {
     "absorbed_queries": lambda backend, x, dtype: absorbed_of(backend, x),
     "index_scores": _index_scores,
     "choose_rows": _choose_rows,
-    "rebuild_keys": _rebuild_keys,
-    "rebuild_rows keys": _rebuild_rows("keys"),
-    "rebuild_rows values": _rebuild_rows("values"),
+    "key_scores": _key_scores,
     "weigh_rows": _weigh_rows,
     "attend_all": _attend_all,
     "attend_set": _attend_set,
 }
-"""By name; the first word is the operation's, as kernels know it."""
+"""By name; where there is a kernel, its own."""

@@ -79,7 +79,7 @@ def _compare(name: str, dtype: str, backend: Backend, wanted: Sequence[np.ndarra
             error = max(error, relative_error(_numbers(backend, got), want))
         except ValueError as problem:
             error, detail = float("inf"), str(problem)
-    path = backend.kernels.last_path.get(name.split()[0], "plain")
+    path = backend.kernels.last_path.get(name, "plain")
     bounds = PLAIN_TOLERANCE if path == "plain" else TOLERANCE
     tolerance = 0.0 if name.startswith("quantize ") else bounds[dtype]
     return Line(name, dtype, backend.name, path, error, tolerance, detail)
@@ -101,7 +101,7 @@ def compare_generation(model: str, max_tokens: int) -> Iterator[Line]:
         config = XKVConfig(rank_k=RANK, rank_v=RANK, window=24, **options)
         answer, want = _greedy_steps(torch_model, tokens, config, max_tokens)
         _, got = _greedy_steps(mlx_model, tokens, config, max_tokens, answer)
-        path = backend.kernels.last_path.get("rebuild_keys", "plain")
+        path = backend.kernels.last_path.get("key_scores", "plain")
         error = relative_error(got, want)
         text = repr(torch_model.decode(answer))
         yield Line(f"{form}, logits", dtype, "mlx", path, error, LOGITS_TOLERANCE[dtype], text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from typing import Any
 
-from xkv.ops import attention, index, rope, working_set
+from xkv.ops import index, rope, working_set
 from xkv.ops.kernels import KernelDispatch
 from xkv.ops.latent import Latent
 from xkv.ops.protocol import Operations
@@ -72,13 +72,9 @@ class Backend(Operations):
         """:func:`xkv.ops.working_set.choose_rows`"""
         return working_set.choose_rows(self, worth, count)
 
-    def rebuild_rows(self, stored: Stored, rows: Array) -> Array:
-        """:func:`xkv.ops.attention.rebuild_rows`"""
-        return attention.rebuild_rows(self, stored, rows)
-
-    def rebuild_keys(self, stored: Stored, rows: Array, queries: Array) -> tuple[Array, Array]:
-        """:func:`xkv.ops.working_set.rebuild_keys`"""
-        return working_set.rebuild_keys(self, stored, rows, queries)
+    def key_scores(self, stored: Stored, rows: Array, queries: Array) -> Array:
+        """:func:`xkv.ops.working_set.key_scores`"""
+        return working_set.key_scores(self, stored, rows, queries)
 
     def weigh_rows(
         self, latent: Latent, rows: Array, scores: Array, totals: Array, beside: Array

@@ -168,12 +168,8 @@ class Operations(ABC):
         """:func:`xkv.ops.working_set.choose_rows`"""
 
     @abstractmethod
-    def rebuild_rows(self, stored: Stored, rows: Array) -> Array:
-        """:func:`xkv.ops.attention.rebuild_rows`"""
-
-    @abstractmethod
-    def rebuild_keys(self, stored: Stored, rows: Array, queries: Array) -> tuple[Array, Array]:
-        """:func:`xkv.ops.working_set.rebuild_keys`"""
+    def key_scores(self, stored: Stored, rows: Array, queries: Array) -> Array:
+        """:func:`xkv.ops.working_set.key_scores`"""
 
     @abstractmethod
     def weigh_rows(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from xkv.ops.attention import raised_weights, take_rows
+from xkv.ops.attention import raised_weights, rebuild_rows, take_rows
 from xkv.ops.index import absorbed_queries
 from xkv.ops.latent import Latent
 from xkv.ops.protocol import Operations
@@ -43,7 +43,7 @@ def attend_set(
     offsets = xp.reshape(totals, (queries.shape[0], -1))
     worth = backend.index_scores(absorbed, segment.keys.latent, offsets, n_kv_heads)
     rows = backend.choose_rows(worth, n_rebuilt)
-    _, scores = backend.rebuild_keys(segment.keys, rows, queries)
+    scores = backend.key_scores(segment.keys, rows, queries)
     sums, rest = backend.weigh_rows(segment.values.latent, rows, scores, totals, beside)
     basis = xp.permute_dims(segment.values.basis, (0, 2, 1, 3))
     output = backend.add_product(rest, sums, basis)
@@ -101,20 +101,17 @@ def choose_rows(backend: Operations, worth: Array, count: int) -> Array:
     return backend.top_indices(worth, count)
 
 
-def rebuild_keys(
-    backend: Operations, stored: Stored, rows: Array, queries: Array
-) -> tuple[Array, Array]:
-    """Some rows of a layer's keys, rotated, and their scores.
+def key_scores(backend: Operations, stored: Stored, rows: Array, queries: Array) -> Array:
+    """Scores of some rows of a layer's keys, which are rebuilt and rotated.
 
     Args:
         stored: As in :func:`xkv.ops.attention.rebuild_rows`, as are the rows.
         queries: ``[B, n_heads, Lq, head_dim]``, rotated and scaled.
 
     Returns:
-        ``[B, n_kv_heads, n, head_dim]``, and :func:`xkv.ops.scores.grouped_scores` of them.
+        :func:`xkv.ops.scores.grouped_scores` of them: ``[B, n_kv_heads, M, n]``.
     """
-    keys = backend.rebuild_rows(stored, rows)
-    return keys, grouped_scores(backend, queries, [keys])
+    return grouped_scores(backend, queries, [rebuild_rows(backend, stored, rows)])
 
 
 def weigh_rows(

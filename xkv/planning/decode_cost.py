@@ -205,7 +205,7 @@ def working_set(
     columns = BAND * layer.key_bits[0] // 8 + 2 * item * len(layer.key_bits)
     scored = 4 * group.n_kv_heads * n_rows
     n_best = n_rebuilt * group.n_kv_heads
-    keys = n_best * (key_row + dim * item) + basis_k + 4 * n_rebuilt * heads
+    keys = n_best * key_row + basis_k + 4 * n_rebuilt * heads
     values = n_best * value_row + basis_v + heads * (4 * n_rebuilt + 2 * rank_v * item)
     dense = _dense(layer, n_dense, True, 0)
     dense += StepWork(

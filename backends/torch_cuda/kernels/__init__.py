@@ -91,8 +91,7 @@ class TritonKernel:
 
 
 ATTEND_DENSE = TritonKernel("attend_dense")
-REBUILD_ROWS = TritonKernel("rebuild_rows")
-REBUILD_KEYS = TritonKernel("rebuild_keys")
+KEY_SCORES = TritonKernel("key_scores")
 QUERY_TERMS = TritonKernel("query_terms")
 INDEX_SCORES = TritonKernel("index_scores")
 WEIGH_ROWS = TritonKernel("weigh_rows")

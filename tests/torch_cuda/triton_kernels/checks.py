@@ -25,14 +25,10 @@ from xkv.ops.scores import Dense
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: pip install triton (Linux)")
-OPERATIONS = [
-    *("rebuild_rows keys", "rebuild_rows values", "rebuild_keys", "weigh_rows", "index_scores"),
-    *("query_terms", "attend_dense"),
-]
+OPERATIONS = ["key_scores", "weigh_rows", "index_scores", "query_terms", "attend_dense"]
 WITHOUT_LATENT = ("query_terms", "attend_dense")
 WITHOUT_ROWS = ("index_scores", *WITHOUT_LATENT)
 """Those that take no numbers of a latent's rows."""
-"""A kernel's name, and of which rows."""
 LARGE = 100.0
 """Its exponential is no float32."""
 
@@ -44,13 +40,11 @@ def arguments(backend: Backend, operation: str, x: DecodeInputs) -> tuple[Any, .
         return absorbed, latent, offsets_of(backend, x), x.case.n_kv_heads
     if operation == "weigh_rows":
         return x.segment.values.latent, x.rows, *scored(backend, x)
-    if operation == "rebuild_keys":
-        return x.segment.keys, x.rows, x.queries * x.scale
     if operation == "query_terms":
         return x.queries * x.scale, index_basis(backend, x.segment.keys), x.case.spec
     if operation == "attend_dense":
         return x.queries * x.scale, x.dense, None
-    return getattr(x.segment, operation.split()[1]), x.rows
+    return x.segment.keys, x.rows, x.queries * x.scale
 
 
 def scored(backend: Backend, x: DecodeInputs) -> tuple[torch.Tensor, ...]:
@@ -113,15 +107,13 @@ def results(found: Any) -> tuple[torch.Tensor, ...]:
 
 def dtypes_of(operation: str, args: Any) -> list[torch.dtype]:
     """What an operation's results are in."""
-    if operation == "index_scores":
-        return [torch.float32]
     if operation == "attend_dense":
         return [args[0].dtype, torch.float32]
     if operation == "weigh_rows":
         return [args[-1].dtype] * 2
     if operation == "query_terms":
         return [torch.promote_types(args[0].dtype, args[1].dtype)]
-    return [args[0].basis.dtype, torch.float32][: 2 if operation == "rebuild_keys" else 1]
+    return [torch.float32]
 
 
 def kernel_error(
@@ -139,7 +131,7 @@ def kernel_error(
         x = x.to(reference.device)
         return x.double() if x.is_floating_point() else x
 
-    want = results(getattr(reference, operation.split()[0])(*mapped(args, exact)))
+    want = results(getattr(reference, operation)(*mapped(args, exact)))
     if not all(x.isfinite().all() for x in got):
         return np.inf
     return max(
@@ -158,10 +150,10 @@ def check(
 ) -> None:
     """Run the kernel, and compare with the reference on the same numbers."""
     inputs = dataclasses.replace(make_inputs(backend, case, dtype), **changes)
-    args, name = arguments(backend, operation, inputs), operation.split()[0]
+    args = arguments(backend, operation, inputs)
     backend.kernels.last_path.clear()
-    error = kernel_error(getattr(backend, name), backend, reference, operation, args)
-    assert backend.kernels.last_path == {name: name}
+    error = kernel_error(getattr(backend, operation), backend, reference, operation, args)
+    assert backend.kernels.last_path == {operation: operation}
     assert error <= TOLERANCE[dtype], f"{operation} in {dtype} is off by {error:.2e}"
 
 

@@ -34,7 +34,7 @@ def latents(dtype: torch.dtype) -> list[Latent]:
 
 
 def launches(dtype: torch.dtype, head_dim: int) -> list[tuple[triton_kernels.TritonKernel, Any]]:
-    """Kernels and arguments: keys, values, scores and sums of these, and the keys' index."""
+    """Kernels and arguments: scores and sums of rows, the keys' index, and dense rows."""
     spec = RopeSpec.standard(head_dim, 10_000.0)
     runs = RopeRun(4096, spec), RopeRun(4096, None)
     offsets = array(1, 32, dtype=torch.float32)
@@ -42,12 +42,10 @@ def launches(dtype: torch.dtype, head_dim: int) -> list[tuple[triton_kernels.Tri
     found: list[tuple[triton_kernels.TritonKernel, Any]] = []
     for latent in latents(dtype):
         basis = array(1, latent.rank, 8, head_dim, dtype=dtype)
+        rows = array(1, 8, 384, dtype=torch.int64)
         for run in runs:
             stored = Stored(latent, basis, 4, (run,))
-            rows = array(1, 8, 384, dtype=torch.int64)
-            found.append((triton_kernels.REBUILD_ROWS, (stored, rows)))
-        stored = Stored(latent, basis, 4, runs[:1])
-        found.append((triton_kernels.REBUILD_KEYS, (stored, rows, queries)))
+            found.append((triton_kernels.KEY_SCORES, (stored, rows, queries)))
         scores = array(1, 8, 4, 384, dtype=torch.float32)
         found.append((triton_kernels.WEIGH_ROWS, (latent, rows, scores, offsets, queries)))
         n_index = BAND + len(latent.bits) - 1 if latent.bits else min(BAND, latent.rank)
@@ -109,7 +107,7 @@ def main() -> None:
         for dtype in DTYPES:
             for kernel, args in launches(dtype, 128):
                 kernel(*args)
-        for kernel, args in launches(torch.float32, 256)[:3]:
+        for kernel, args in launches(torch.float32, 256)[:2]:
             kernel(*args)
     for count in counts.values():
         print(*count)

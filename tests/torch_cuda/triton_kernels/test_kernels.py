@@ -56,7 +56,7 @@ ODD_SIZES = [
     *(("attend_dense", DecodeCase(70, 4, 2, n, 16, 16, n_recent=n)) for n in (1, 33, 80)),
 ]
 """Of features that other kernels do not take."""
-EDGE_OPERATIONS = ["rebuild_keys", "weigh_rows", "index_scores", "query_terms"]
+EDGE_OPERATIONS = ["key_scores", "weigh_rows", "index_scores", "query_terms"]
 
 
 @pytest.mark.parametrize("case", EDGES, ids=str)
@@ -101,7 +101,7 @@ def test_attend_dense_takes_sinks_and_rows_in_use(
         assert error <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("operation", ["rebuild_rows keys", "rebuild_keys", "index_scores"])
+@pytest.mark.parametrize("operation", ["key_scores", "index_scores"])
 def test_kernel_without_rope(backend: Backend, reference: Backend, operation: str) -> None:
     inputs = make_inputs(backend, CASES[6], "float32")
     keys = inputs.segment.keys._replace(rope_runs=(RopeRun(CASES[6].n_rows, None),))
@@ -127,10 +127,10 @@ def test_queries_need_no_dtype_of_the_basis(
 ) -> None:
     of_queries, of_basis = (getattr(torch, dtype) for dtype in dtypes)
     inputs = make_inputs(backend, CASES[2], "float32")
-    stored, rows, queries = arguments(backend, "rebuild_keys", inputs)
+    stored, rows, queries = arguments(backend, "key_scores", inputs)
     stored = stored._replace(basis=stored.basis.to(of_basis))
     args = stored, rows, queries.to(of_queries)
-    error = kernel_error(backend.rebuild_keys, backend, reference, "rebuild_keys", args)
+    error = kernel_error(backend.key_scores, backend, reference, "key_scores", args)
     assert error <= max(TOLERANCE[dtype] for dtype in dtypes)
     queries, basis, spec = arguments(backend, "query_terms", inputs)
     args = queries.to(of_queries), basis.to(of_basis), spec
@@ -138,30 +138,16 @@ def test_queries_need_no_dtype_of_the_basis(
     assert error <= TOLERANCE["float32"]
 
 
-def test_keys_are_the_same_with_scores(backend: Backend) -> None:
-    args = arguments(backend, "rebuild_keys", make_inputs(backend, CASES[6], "bfloat16"))
-    keys, scores = backend.rebuild_keys(*args)
-    assert torch.equal(keys, backend.rebuild_rows(*args[:2]))
-    grouped = args[2].reshape(*keys.shape[:2], -1, keys.shape[-1]).double()
-    # no wider keys than those that a working set holds
-    want = grouped @ keys.double().transpose(-1, -2)
-    assert relative_error(backend.to_numpy(scores), backend.to_numpy(want)) <= 1e-6
-
-
 def test_kernel_takes_a_basis_of_each_sequence(backend: Backend, reference: Backend) -> None:
-    args = arguments(backend, "rebuild_rows keys", make_inputs(backend, CASES[4], "float32"))
-    wide = torch.cat([args[0].basis, torch.full_like(args[0].basis, torch.nan)], dim=1)
-    view = args[0]._replace(basis=wide[:, : args[0].basis.shape[1]])
+    inputs = make_inputs(backend, CASES[4], "float32")
+    stored, rows, queries = arguments(backend, "key_scores", inputs)
+    wide = torch.cat([stored.basis, torch.full_like(stored.basis, torch.nan)], dim=1)
+    view = stored._replace(basis=wide[:, : stored.basis.shape[1]])
     assert not view.basis.is_contiguous() and view.basis.shape[0] == 2
-    error = kernel_error(
-        backend.rebuild_rows, backend, reference, "rebuild_rows keys", (view, args[1].long())
-    )
-    assert error <= TOLERANCE["float32"]
-    one = args[0]._replace(basis=args[0].basis[:1])
-    error = kernel_error(
-        backend.rebuild_rows, backend, reference, "rebuild_rows keys", (one, args[1])
-    )
-    assert error <= TOLERANCE["float32"]
+    one = stored._replace(basis=stored.basis[:1])
+    for args in ((view, rows.long(), queries), (one, rows, queries)):
+        error = kernel_error(backend.key_scores, backend, reference, "key_scores", args)
+        assert error <= TOLERANCE["float32"]
 
 
 def test_weigh_rows_takes_wide_row_numbers_and_any_strides(
@@ -205,12 +191,11 @@ def test_weigh_rows_of_rows_or_others_alone(
 
 
 @pytest.mark.parametrize("start", [100_000, 1_000_000])
-def test_rebuild_rows_far_positions(backend: Backend, start: int) -> None:
+def test_key_scores_far_positions(backend: Backend, start: int) -> None:
     # float32 angles are coarse out here, and are part of the definition: the cosines are not
-    stored, rows = arguments(
-        backend, "rebuild_rows keys", make_inputs(backend, CASES[0], "float32")
-    )
-    got = backend.to_numpy(backend.rebuild_rows(stored._replace(start=start), rows))
+    inputs = make_inputs(backend, CASES[0], "float32")
+    stored, rows, queries = arguments(backend, "key_scores", inputs)
+    got = backend.to_numpy(backend.key_scores(stored._replace(start=start), rows, queries))
     half, ids = CASES[0].head_dim // 2, backend.to_numpy(rows)[0]
     inverse = np.float32(1) / np.array(stored.rope_runs[0].spec.freqs, np.float32)
     angles = (np.float32(start + ids)[..., None] * inverse).astype(np.float64)
@@ -219,7 +204,9 @@ def test_rebuild_rows_far_positions(backend: Backend, start: int) -> None:
     keys = np.einsum("hsr,rhd->hsd", latent[ids], basis)
     x, y = keys[..., :half], keys[..., half:]
     turned = [x * np.cos(angles) - y * np.sin(angles), y * np.cos(angles) + x * np.sin(angles)]
-    assert relative_error(got[0], np.concatenate(turned, axis=-1)) <= 1e-6
+    grouped = backend.to_numpy(queries)[0].reshape(len(keys), -1, 2 * half).astype(np.float64)
+    want = grouped @ np.concatenate(turned, axis=-1).swapaxes(-1, -2)
+    assert relative_error(got[0], want) <= 1e-6
 
 
 @pytest.mark.parametrize("operation", [x for x in OPERATIONS if x not in WITHOUT_LATENT])
@@ -236,7 +223,7 @@ def test_index_reads_no_words_but_the_first_bands(
         return Latent((torch.where(is_first, words, ~words), *others), latent.bits)
 
     changed = mapped(args, flip, Latent)
-    run = getattr(backend, operation.split()[0])
+    run = getattr(backend, operation)
     first, second = (results(run(*x))[0] for x in (args, changed))
     assert torch.equal(first, second) == (operation == "index_scores")
 
@@ -247,6 +234,5 @@ def test_first_use_check_passes(backend: Backend, case: DecodeCase, dtype: str) 
     checked = xkv.load_backend("torch", device=str(backend.device), kernels="on")
     inputs = make_inputs(backend, case, dtype)
     for operation in OPERATIONS:
-        name = operation.split()[0]
-        getattr(checked, name)(*arguments(backend, operation, inputs))
-        assert checked.kernels.last_path[name] == name
+        getattr(checked, operation)(*arguments(backend, operation, inputs))
+        assert checked.kernels.last_path[operation] == operation

@@ -40,36 +40,35 @@ CASE = DecodeCase(
 """Straddling words, three blocks, two tiles of queries and of rows, of dense and recent ones."""
 
 FAULTS = [
-    ("rebuild_rows", "position + ids", "position + ids + 1"),
-    ("rebuild_rows", "+ head * rows_head", "+ 0 * rows_head"),
-    ("rebuild_rows", "batch * rows_batch", "0 * rows_batch"),
-    ("rebuild_rows", "head * basis_head", "0 * basis_head"),
-    ("rebuild_rows", "batch * basis_batch", "0 * basis_batch"),
-    ("rebuild_rows", "batch * numbers_batch", "0 * numbers_batch"),
-    ("rebuild_rows", "batch * scales_batch", "0 * scales_batch"),
-    ("rebuild_rows", "wanted < n_rows", "wanted < n_rows - 1"),
-    ("rebuild_rows", "is_turned, rope_scale, 1.0", "is_turned, 1.0, 1.0"),
-    ("rebuild_rows", "n_pairs, HEAD_DIM // 2)\n", "HEAD_DIM // 2, HEAD_DIM // 2)\n"),
-    ("rebuild_rows", "start // BAND_WIDTH,", "0,"),
-    ("rebuild_rows", "start % BAND_WIDTH + columns,", "columns,"),
-    ("rebuild_rows of rebuild_keys", "position + ids", "position + ids + 1"),
-    ("rebuild_rows of rebuild_keys", "queries += head_of_batch *", "queries += head *"),
-    ("rebuild_rows of rebuild_keys", "scores += head_of_batch *", "scores += batch *"),
+    ("key_scores", "position + ids", "position + ids + 1"),
+    ("key_scores", "+ head * rows_head", "+ 0 * rows_head"),
+    ("key_scores", "batch * rows_batch", "0 * rows_batch"),
+    ("key_scores", "head * basis_head", "0 * basis_head"),
+    ("key_scores", "batch * basis_batch", "0 * basis_batch"),
+    ("key_scores", "batch * numbers_batch", "0 * numbers_batch"),
+    ("key_scores", "batch * scales_batch", "0 * scales_batch"),
+    ("key_scores", "wanted < n_rows", "wanted < n_rows - 1"),
+    ("key_scores", "is_turned, rope_scale, 1.0", "is_turned, 1.0, 1.0"),
+    ("key_scores", "n_pairs, HEAD_DIM // 2)\n", "HEAD_DIM // 2, HEAD_DIM // 2)\n"),
+    ("key_scores", "start // BAND_WIDTH,", "0,"),
+    ("key_scores", "start % BAND_WIDTH + columns,", "columns,"),
+    ("key_scores", "queries += head_of_batch *", "queries += head *"),
+    ("key_scores", "scores += head_of_batch *", "scores += batch *"),
     (
-        "rebuild_rows of rebuild_keys",
+        "key_scores",
         "range(0, n_queries, N_QUERIES)",
         "range(0, N_QUERIES, N_QUERIES)",
     ),
-    ("rebuild_rows of rebuild_keys", "query < n_queries", "query < n_queries - 1"),
-    ("rebuild_rows of rebuild_keys", "start + tl.arange(0, N_QUERIES)", "tl.arange(0, N_QUERIES)"),
-    ("rebuild_rows of rebuild_keys", "q_y, found,", "q_y, 0 * found,"),
-    ("rebuild_rows of rebuild_keys", "tl.load(q + second[:, None]", "tl.load(q + first[:, None]"),
-    ("rebuild_rows of rebuild_keys", "dot(keys_y.to", "dot(keys_x.to"),
-    ("rebuild_rows of rebuild_keys", "* n_rows + wanted[:, None]", "* n_queries + wanted[:, None]"),
-    ("common of rebuild_rows", "codes | rest <<", "codes | 0 * rest <<"),
-    ("common of rebuild_rows", "first_bits % 32)", "first_bits % 16)"),
-    ("common of rebuild_rows", "first_word +", "0 * first_word +"),
-    ("common of rebuild_rows", "scale[:, None] + bias[:, None]", "scale[:, None]"),
+    ("key_scores", "query < n_queries", "query < n_queries - 1"),
+    ("key_scores", "start + tl.arange(0, N_QUERIES)", "tl.arange(0, N_QUERIES)"),
+    ("key_scores", "q_y, found,", "q_y, 0 * found,"),
+    ("key_scores", "tl.load(q + second[:, None]", "tl.load(q + first[:, None]"),
+    ("key_scores", "dot(keys_y,", "dot(keys_x,"),
+    ("key_scores", "* n_rows + wanted[:, None]", "* n_queries + wanted[:, None]"),
+    ("common of key_scores", "codes | rest <<", "codes | 0 * rest <<"),
+    ("common of key_scores", "first_bits % 32)", "first_bits % 16)"),
+    ("common of key_scores", "first_word +", "0 * first_word +"),
+    ("common of key_scores", "scale[:, None] + bias[:, None]", "scale[:, None]"),
     ("weigh_rows", "wanted < n_rows", "wanted < n_rows - 1"),
     ("weigh_rows", "range(0, n_rows, N)", "range(0, N, N)"),
     ("weigh_rows", "sums < n_sums", "sums < n_sums - 1"),
@@ -206,7 +205,7 @@ def error_of_case(
     return kernel_error(kernel, backend, reference, operation, args)
 
 
-@pytest.mark.parametrize("operation", [x for x in OPERATIONS if x != "rebuild_rows values"])
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_fault_table_starts_from_right_kernels(
     backend: Backend,
     reference: Backend,
@@ -215,8 +214,7 @@ def test_fault_table_starts_from_right_kernels(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    name = operation.split()[0]
-    kernel = load_copy(tmp_path, f"right_{name}").TritonKernel(name)
+    kernel = load_copy(tmp_path, f"right_{operation}").TritonKernel(operation)
     assert error_of(kernel, backend, reference, operation) <= 1
 
 
@@ -234,8 +232,7 @@ def test_planted_fault_exceeds_tolerance(
     where, old, new = FAULTS[number]
     file, name = where.split()[0], where.split()[-1]
     kernel = load_copy(tmp_path, f"faulty_{number}", old, new, file).TritonKernel(name)
-    operation = "rebuild_rows keys" if name == "rebuild_rows" else name
-    assert error_of(kernel, backend, reference, operation) > 10
+    assert error_of(kernel, backend, reference, name) > 10
 
 
 def test_auto_replaces_wrong_kernel(
@@ -245,12 +242,12 @@ def test_auto_replaces_wrong_kernel(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    copy = load_copy(tmp_path, "wrong", "position + ids", "position - ids", "rebuild_rows")
-    monkeypatch.setattr(triton_kernels, "REBUILD_ROWS", copy.REBUILD_ROWS)
+    copy = load_copy(tmp_path, "wrong", "position + ids", "position - ids", "key_scores")
+    monkeypatch.setattr(triton_kernels, "KEY_SCORES", copy.KEY_SCORES)
     auto = xkv.load_backend("torch", device=str(backend.device), kernels="auto")
-    args = arguments(backend, "rebuild_rows keys", make_inputs(backend, CASES[0], "float32"))
+    args = arguments(backend, "key_scores", make_inputs(backend, CASES[0], "float32"))
     for _ in range(2):
-        auto.rebuild_rows(*args)
-    assert auto.kernels.last_path["rebuild_rows"] == "plain"
+        auto.key_scores(*args)
+    assert auto.kernels.last_path["key_scores"] == "plain"
     told = [x for x in caplog.records if "disagrees" in x.getMessage()]
     assert [x.levelno for x in told] == [logging.WARNING]

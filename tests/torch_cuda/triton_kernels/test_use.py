@@ -37,10 +37,7 @@ def test_cache_decodes_on_kernels(backend: Backend, size: dict[str, Any]) -> Non
     plain = xkv.load_backend("torch", device=str(backend.device), kernels="off")
     backend.kernels.last_path.clear()
     got = decode_with_cache(backend, config)
-    names = {operation.split()[0] for operation in OPERATIONS}
-    # keys come with their scores
-    names.remove("rebuild_rows")
-    assert backend.kernels.last_path == {name: name for name in names}
+    assert backend.kernels.last_path == {name: name for name in OPERATIONS}
     assert relative_error(got, decode_with_cache(plain, config)) <= TOLERANCE["float32"]
 
 
@@ -56,7 +53,7 @@ def refusals(backend: Backend) -> dict[str, tuple[str, tuple[Any, ...]]]:
     def doubled(x: torch.Tensor) -> torch.Tensor:
         return x.double() if x.is_floating_point() else x
 
-    stored, rows = args_of("rebuild_rows keys")
+    stored, rows, asked = args_of("key_scores")
     spec = stored.rope_runs[0].spec
     two_runs = stored._replace(rope_runs=(RopeRun(10, spec), RopeRun(54, None)))
     absorbed, latent, offsets, n_kv_heads = args_of("index_scores")
@@ -67,23 +64,25 @@ def refusals(backend: Backend) -> dict[str, tuple[str, tuple[Any, ...]]]:
     unused = two_rows._replace(n_used=torch.tensor([3], device=two.device))
     off = backend.xp.concat([stored.basis] * 2, axis=-1)[..., 8:72]
     return {
-        "2 rotary embeddings": ("rebuild_rows", (two_runs, rows)),
+        "key_scores cannot run: the rows have 2": ("key_scores", (two_runs, rows, asked)),
         "head_dim=80 is not one of 32, 64": (
-            "rebuild_rows",
-            args_of("rebuild_rows values", DecodeCase(16, 1, 1, 80, 8, 8, n_recent=0)),
+            "key_scores",
+            args_of("key_scores", DecodeCase(16, 1, 1, 80, 8, 8, n_recent=0)),
         ),
         "10 pairs are rotated": (
-            "rebuild_rows",
-            args_of("rebuild_rows keys", DecodeCase(16, 1, 1, 64, 8, 8, rope_dims=20, n_recent=0)),
+            "key_scores",
+            args_of("key_scores", DecodeCase(16, 1, 1, 64, 8, 8, rope_dims=20, n_recent=0)),
         ),
-        "basis is strided": ("rebuild_rows", (stored._replace(basis=off), rows)),
+        "basis is strided": ("key_scores", (stored._replace(basis=off), rows, asked)),
         "columns are strided": (
-            "rebuild_rows",
-            (stored._replace(latent=stored.latent.map(strided)), rows),
+            "key_scores",
+            (stored._replace(latent=stored.latent.map(strided)), rows, asked),
         ),
-        "not torch.float64": ("rebuild_rows", mapped((stored, rows), doubled)),
-        "rebuild_keys cannot run: the rows have 2": ("rebuild_keys", (two_runs, rows, queries)),
-        "queries are torch.float64": ("rebuild_keys", (stored, rows, queries.double())),
+        "key_scores cannot run: Triton kernels take .* not torch.float64": (
+            "key_scores",
+            mapped((stored, rows, asked), doubled),
+        ),
+        "queries are torch.float64": ("key_scores", (stored, rows, asked.double())),
         "weigh_rows cannot run: Triton kernels take .* not torch.float64": (
             "weigh_rows",
             (values, rows, scores, totals, beside.double()),
@@ -141,7 +140,7 @@ def test_kernel_refuses_in_a_sentence(backend: Backend) -> None:
 
 def test_other_bits_are_the_same_compilation(backend: Backend) -> None:
     for operation in OPERATIONS:
-        kernel = triton_kernels.TritonKernel(operation.split()[0])
+        kernel = triton_kernels.TritonKernel(operation)
         keys = set()
         for bits in ((4,), (6, 2, 2), (8, 6, 5, 4, 3, 2)):
             case = DecodeCase(70, 4, 2, 64, bits=bits, n_recent=0)
@@ -161,14 +160,13 @@ def test_cpu_tells_once_and_stays_plain(
     plain = xkv.load_backend("torch", device="cpu")
     inputs = make_inputs(plain, CASES[0], "float32")
     for operation in OPERATIONS:
-        name = operation.split()[0]
-        getattr(plain, name)(*arguments(plain, operation, inputs))
-        assert plain.kernels.last_path[name] == "plain"
+        getattr(plain, operation)(*arguments(plain, operation, inputs))
+        assert plain.kernels.last_path[operation] == "plain"
     told = [x for x in caplog.records if "plain operations" in x.getMessage()]
     assert [x.levelno for x in told] == [logging.INFO]
     strict = xkv.load_backend("torch", device="cpu", kernels="on")
     with pytest.raises(xkv.InputError, match="need a CUDA device"):
-        strict.rebuild_rows(*arguments(plain, OPERATIONS[0], inputs))
+        strict.key_scores(*arguments(plain, "key_scores", inputs))
 
 
 def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
@@ -187,8 +185,7 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     names, sizes, shared_by = zip(*map(str.split, compiled.stdout.splitlines()), strict=True)
     # one for packed latents, whatever their bits, and two for others; rotated or not
     of_dtype = dict.fromkeys(("index_scores_kernel", "weigh_rows_kernel"), (2, 1, 1))
-    # with scores and without
-    of_dtype["rebuild_rows_kernel"] = 4, 2, 2, 2, 1, 1
+    of_dtype["key_scores_kernel"] = 4, 2, 2
     of_dtype["query_terms_kernel"] = (4,)
     # whether there are sinks, and rows that are not in use
     of_dtype["attend_dense_kernel"] = 1, 1, 1

@@ -1,4 +1,4 @@
-"""Keys or values of some rows: gather, low-rank product and rotation in one kernel."""
+"""Scores of some rows' keys: gather, low-rank product, rotation and scores in one kernel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xkv.ops.types import Array, RopeRun, RopeSpec, Stored
 
 HEAD_DIMS = (64, 128, 256)
 ROWS = 32
-"""Rows that a threadgroup makes: few, so that a step's few hundred rows reach all cores."""
+"""Rows that a threadgroup rebuilds: few, so that a step's few hundred rows reach all cores."""
 
 HEADER = """
 // The two features of a pair. Pairs past the rotated ones are neighbours, and pass through.
@@ -31,7 +31,7 @@ METAL_FUNC float2 turn_pair(float2 x, float angle) {
 """
 """Rotary pairs; angles are ``float(position) * inverse_freq``, as in ``xkv.ops.rope.cos_sin``."""
 
-# A threadgroup makes ROWS rows of one KV head and, where SCORED is defined, their scores.
+# A threadgroup rebuilds ROWS keys of one KV head, and scores them.
 SOURCE = """
   using tiles = tiling<T, N, ROWS, DEPTH>;
   threadgroup float4 shared[tiles::shared_float4s];
@@ -41,11 +41,11 @@ SOURCE = """
   const int sg = simdgroup_index_in_threadgroup, lane = thread_index % 32;
   const int n_kv_heads = basis_shape[2], n = rows_shape[2];
   const int first = threadgroup_position_in_grid.y * ROWS, end = min(ROWS, n - first);
-  const int64_t kv_head = int64_t(batch) * n_kv_heads + head, taken = kv_head * n + first;
+  const int64_t kv_head = int64_t(batch) * n_kv_heads + head;
   const int64_t basis_batch = basis_shape[0] == 1 ? 0 : batch;
 
   for (int i = thread_index; i < ROWS; i += tiles::n_threads)
-    row_numbers[i] = i < end ? rows[taken + i] : -1;
+    row_numbers[i] = i < end ? rows[kv_head * n + first + i] : -1;
   simdgroup_float8x8 product[4][4];
   multiply_rows<T, N, ROWS, DEPTH>(
       product, shared, row_numbers, stored,
@@ -55,12 +55,11 @@ SOURCE = """
   for (int quarter = 0; quarter < 4; quarter++) {
     threadgroup const float* shown =
         share_quarter<T, N, ROWS, DEPTH>(product, quarter, shared, sg);
-    // a simdgroup makes a row, a lane every 32nd pair of it
+    // a simdgroup rotates a row, a lane every 32nd pair of it
     for (int i = sg; i < tiles::quarter_rows; i += tiles::n_threads / 32) {
       const int row = tile_row(quarter, i);
       if (row >= end) continue;
       threadgroup const float* from = shown + i * tiles::quarter_stride;
-      device T* to = out + (taken + row) * N;
       float2 x[N / 64];
 #pragma clang loop unroll(full)
       for (int k = 0; k < N / 64; k++) {
@@ -69,10 +68,7 @@ SOURCE = """
         x[k] = float2(from[at.x], from[at.y]);
         if (pair < n_pairs)
           x[k] = turn_pair(x[k] * rope[0], float(start + row_numbers[row]) * rope[1 + pair]);
-        to[at.x] = T(x[k].x);
-        to[at.y] = T(x[k].y);
       }
-#ifdef SCORED
       for (int q = 0; q < n_queries; q++) {
         const int64_t query = kv_head * n_queries + q;
         float score = 0.0f;
@@ -83,33 +79,34 @@ SOURCE = """
           score = fma(float(queries[query * N + at.y]), x[k].y, score);
         }
         score = simd_sum(score);
-        if (lane == 0) scores[query * n + first + row] = score;
+        if (lane == 0) out[query * n + first + row] = score;
       }
-#endif
     }
   }
 """
 
 
-class RebuildRows:
-    """The kernel of :func:`xkv.ops.attention.rebuild_rows`.
+class KeyScores:
+    """The kernel of :func:`xkv.ops.working_set.key_scores`.
 
-    Limits: a latent and a basis of one dtype, float32, float16 or bfloat16; dim 64, 128 or 256; one
-    rotation for all rows, or none. Any rank, any bits, any number of rows.
+    Limits: a latent, a basis and queries of one dtype, float32, float16 or bfloat16; dim 64, 128 or
+    256; one rotation for all rows, or none. Any rank, any bits, any number of rows and of queries.
+    Scores are of the rotated keys before these would be rounded, in float32.
 
-    For each row and KV head: ``2 * rank * dim`` floating point operations; from device memory the
-    row, ``rank`` elements, or packed ``bits / 8`` bytes a number and two elements a band, each word
-    read once (one that eight numbers end in, twice), and ``dim`` elements written. Every tile of 32
-    rows also reads the head's basis, ``rank * dim`` elements, from cache. The plain twin also
-    writes and reads back the gathered rows, packed and widened, and the product. At rank 384 and
-    dim 128 in float16 that is 96 operations a byte: arithmetic bounds it, not memory.
+    For each row and KV head, with M queries: ``2 * (rank + M) * dim`` floating point operations;
+    from device memory the row, ``rank`` elements, or packed ``bits / 8`` bytes a number and two
+    elements a band, each word read once (one that eight numbers end in, twice), and ``4 * M`` bytes
+    written. Every tile of 32 rows also reads the head's basis, ``rank * dim`` elements, and each
+    row the queries, ``M * dim``, from cache. The plain twin also writes and reads back the gathered
+    rows, packed and widened, the product and the keys, and writes the scores twice. At 4 queries,
+    rank 384 and dim 128 in float16 that is 127 operations a byte: arithmetic bounds it, not memory.
 
     The sources depend on dtype, dim, whether the latent is packed, and the pairs of the rotation.
     """
 
-    name = "rebuild_rows"
+    name = "key_scores"
 
-    def why_not(self, stored: Stored, rows: Array, queries: Array | None = None) -> str | None:
+    def why_not(self, stored: Stored, rows: Array, queries: Array) -> str | None:
         """A sentence that says why the kernel cannot take these arguments here, or None."""
         if rows.shape[-1] == 0:
             return "no rows are to be rebuilt"
@@ -121,75 +118,52 @@ class RebuildRows:
                 f"the kernel rotates all rows alike, and these have {len(stored.rope_runs)} "
                 "different rotations"
             )
-        arrays = {"latent": stored.latent, "basis": stored.basis}
         return common.dtype_problem(
-            **arrays if queries is None else arrays | {"queries": queries}
+            latent=stored.latent, basis=stored.basis, queries=queries
         ) or common.size_problem(*stored.latent.arrays)
 
     def sample(
-        self, backend: Backend, stored: Stored, rows: Array, queries: Array | None = None
+        self, backend: Backend, stored: Stored, rows: Array, queries: Array
     ) -> tuple[Any, ...]:
         """Two KV heads, of three queries each, and a tile and some rows more."""
         latent = common.sample_latent(backend, stored.latent, 80)
-        basis = backend.normal((1, latent.rank, 2, stored.basis.shape[-1]), 1)
-        basis = (basis * latent.rank**-0.5).astype(stored.basis.dtype)
+        dim, dtype = stored.basis.shape[-1], stored.basis.dtype
+        basis = backend.normal((1, latent.rank, 2, dim), 1) * latent.rank**-0.5
         runs = tuple(RopeRun(80, run.spec) for run in stored.rope_runs)
         numbers = mx.array([[[7 * i % 80 for i in range(40)], [*range(39, -1, -1)]]])
-        small = Stored(latent, basis, stored.start, runs), numbers
-        if queries is None:
-            return small
-        few = backend.normal((1, 6, 1, queries.shape[-1]), 2) * queries.shape[-1] ** -0.5
-        return *small, few.astype(queries.dtype)
+        few = backend.normal((1, 6, 1, dim), 2) * dim**-0.5
+        small = Stored(latent, basis.astype(dtype), stored.start, runs)
+        return small, numbers, few.astype(dtype)
 
-    def check_key(
-        self, stored: Stored, rows: Array, queries: Array | None = None
-    ) -> tuple[Any, ...]:
+    def check_key(self, stored: Stored, rows: Array, queries: Array) -> tuple[Any, ...]:
         """The dtype's name, and what else the source depends on."""
         dim, is_packed = stored.basis.shape[-1], stored.latent.is_packed
         return common.dtype_name(stored.basis), dim, is_packed, _is_traditional(stored)
 
-    def __call__(self, stored: Stored, rows: Array, queries: Array | None = None) -> Any:
+    def __call__(self, stored: Stored, rows: Array, queries: Array) -> Array:
         batch, n_kv_heads, n = rows.shape
-        dim, spec, scores = stored.basis.shape[-1], _spec(stored), {}
-        inputs = {
-            "basis": stored.basis,
-            "rows": rows.astype(mx.int32),
-            "rope": _rope_numbers(spec),
-            "n_pairs": len(spec.freqs) if spec else 0,
-            "start": stored.start,
-        }
-        if queries is not None:
-            grouped = queries.reshape(batch, n_kv_heads, -1, dim)
-            inputs |= {"queries": grouped, "n_queries": grouped.shape[2]}
-            scores["scores"] = ((*grouped.shape[:3], n), mx.float32)
+        dim, spec = stored.basis.shape[-1], _spec(stored)
+        grouped = queries.reshape(batch, n_kv_heads, -1, dim)
         return common.launch(
             self.name,
-            HEADER if queries is None else "#define SCORED\n" + HEADER,
+            HEADER,
             SOURCE,
             stored.latent,
-            inputs,
+            {
+                "basis": stored.basis,
+                "rows": rows.astype(mx.int32),
+                "rope": _rope_numbers(spec),
+                "n_pairs": len(spec.freqs) if spec else 0,
+                "start": stored.start,
+                "queries": grouped,
+                "n_queries": grouped.shape[2],
+            },
             {"N": dim, "ROWS": ROWS, "TRADITIONAL": _is_traditional(stored)},
             # neighbouring threadgroups are the KV heads, whose rows overlap
             n_tiles=(n_kv_heads, -(-n // ROWS), batch),
-            shape=(batch, n_kv_heads, n, dim),
-            dtype=stored.basis.dtype,
-            others=scores,
+            shape=(*grouped.shape[:3], n),
+            dtype=mx.float32,
         )
-
-
-class RebuildKeys(RebuildRows):
-    """The kernel of :func:`xkv.ops.working_set.rebuild_keys`.
-
-    Limits: those of :class:`RebuildRows`, and queries of the same dtype; any number of them. Scores
-    are of the rotated keys before these are rounded, in float32.
-
-    For each row and KV head, with M queries, beside the work of :class:`RebuildRows`: ``2 * M *
-    dim`` floating point operations and ``4 * M`` bytes written; the head's queries, ``M * dim``
-    elements, are read from cache. At 4 queries, rank 384 and dim 128 in float16 that is 1 % more
-    operations and 2 % more bytes; the plain twin reads the keys back, and writes the scores twice.
-    """
-
-    name = "rebuild_keys"
 
 
 def _spec(stored: Stored) -> RopeSpec | None:
@@ -207,9 +181,9 @@ def _rope_numbers(spec: RopeSpec | None) -> Array:
     numbers = np.ones(1)
     if spec is not None:
         numbers = np.array([spec.scale, *(np.float32(1) / np.array(spec.freqs, np.float32))])
-    # keys and values by one signature
+    # few pairs by the signature of many
     n_spare = max(common.SMALL - len(numbers), 0)
     return mx.array(np.pad(numbers, (0, n_spare)).astype(np.float32))
 
 
-KERNEL, KEYS = RebuildRows(), RebuildKeys()
+KERNEL = KeyScores()

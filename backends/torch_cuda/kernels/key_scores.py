@@ -1,4 +1,4 @@
-"""Some rows of keys, rotated, or of values: gather, unpack, multiply and rotate in one kernel."""
+"""Scores of some rows' keys: gather, unpack, multiply, rotate and score in one kernel."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from xkv.backends.torch_cuda.kernels import KERNEL_DTYPES
 from xkv.backends.torch_cuda.kernels.common import (
     LATENT_ARGUMENTS,
     ROWS_ARGUMENTS,
@@ -83,7 +84,7 @@ def pair_features(n_pairs, HEAD_DIM: tl.constexpr, TRADITIONAL: tl.constexpr):
         "n_queries",
     ]
 )
-def rebuild_rows_kernel(
+def key_scores_kernel(
     numbers,
     numbers_batch,
     numbers_row,
@@ -100,7 +101,6 @@ def rebuild_rows_kernel(
     basis_batch,
     basis_row,
     basis_head,
-    output,
     n_rows,
     position,
     inverse_freqs,
@@ -161,25 +161,20 @@ def rebuild_rows_kernel(
         factor = tl.where(is_turned, rope_scale, 1.0)[None, :]
         sine, cosine = sine * factor, cosine * factor
         x, y = x * cosine - y * sine, y * cosine + x * sine
-    keys_x, keys_y = x.to(output.dtype.element_ty), y.to(output.dtype.element_ty)
-    pointers = output + (head_of_batch * n_rows + wanted)[:, None] * HEAD_DIM
-    tl.store(pointers + first[None, :], keys_x, mask=is_inside[:, None])
-    tl.store(pointers + second[None, :], keys_y, mask=is_inside[:, None])
-    if queries is not None:
-        dtype: tl.constexpr = queries.dtype.element_ty
-        queries += head_of_batch * n_queries * HEAD_DIM
-        scores += head_of_batch * n_queries * n_rows
-        # the keys on the left: there a product takes them as they lie in registers
-        for start in range(0, n_queries, N_QUERIES):
-            query = start + tl.arange(0, N_QUERIES)
-            is_query = (query < n_queries)[None, :]
-            q = queries + query[None, :] * HEAD_DIM
-            q_x = tl.load(q + first[:, None], mask=is_query, other=0.0)
-            q_y = tl.load(q + second[:, None], mask=is_query, other=0.0)
-            found = tl.dot(keys_x.to(dtype), q_x, input_precision="ieee")
-            found = tl.dot(keys_y.to(dtype), q_y, found, input_precision="ieee")
-            at = query[None, :] * n_rows + wanted[:, None]
-            tl.store(scores + at, found, mask=is_inside[:, None] & is_query)
+    keys_x, keys_y = x.to(queries.dtype.element_ty), y.to(queries.dtype.element_ty)
+    queries += head_of_batch * n_queries * HEAD_DIM
+    scores += head_of_batch * n_queries * n_rows
+    # the keys on the left: there a product takes them as they lie in registers
+    for start in range(0, n_queries, N_QUERIES):
+        query = start + tl.arange(0, N_QUERIES)
+        is_query = (query < n_queries)[None, :]
+        q = queries + query[None, :] * HEAD_DIM
+        q_x = tl.load(q + first[:, None], mask=is_query, other=0.0)
+        q_y = tl.load(q + second[:, None], mask=is_query, other=0.0)
+        found = tl.dot(keys_x, q_x, input_precision="ieee")
+        found = tl.dot(keys_y, q_y, found, input_precision="ieee")
+        at = query[None, :] * n_rows + wanted[:, None]
+        tl.store(scores + at, found, mask=is_inside[:, None] & is_query)
 
 
 @lru_cache(maxsize=256)
@@ -200,61 +195,26 @@ def _block_rank(stored: Stored) -> int:
     return min(128 // stored.basis.itemsize, BAND)
 
 
-def launch(stored: Stored, rows: Array, queries: Array | None) -> tuple[Array, Array | None]:
-    """Rebuilt rows, and with queries ``[B, n_heads, Lq, dim]`` their scores."""
-    basis, spec = stored.basis, _spec(stored)
-    batch, n_kv_heads, n_rows = rows.shape
-    head_dim, n_queries, scores = basis.shape[-1], 0, None
-    if queries is not None:
-        queries, n_queries = queries.contiguous(), queries.shape[1] // n_kv_heads * queries.shape[2]
-        shape = batch, n_kv_heads, n_queries, n_rows
-        scores = torch.empty(shape, dtype=torch.float32, device=rows.device)
-    output = torch.empty((*rows.shape, head_dim), dtype=basis.dtype, device=rows.device)
-    rebuild_rows_kernel[(triton.cdiv(n_rows, BLOCK_ROWS), n_kv_heads, batch)](
-        **latent_arguments(stored.latent),
-        **rows_arguments(rows),
-        basis=basis,
-        basis_batch=basis.stride(0) if basis.shape[0] > 1 else 0,
-        basis_row=basis.stride(1),
-        basis_head=basis.stride(2),
-        output=output,
-        n_rows=n_rows,
-        position=stored.start,
-        inverse_freqs=inverse_freqs(spec.freqs, rows.device),
-        n_pairs=len(spec.freqs),
-        rope_scale=float(spec.scale),
-        queries=queries,
-        scores=scores,
-        n_queries=n_queries,
-        HEAD_DIM=head_dim,
-        TRADITIONAL=spec.traditional,
-        N=BLOCK_ROWS,
-        BLOCK_RANK=_block_rank(stored),
-        BAND_WIDTH=BAND,
-        N_QUERIES=QUERIES,
-        num_warps=8 if head_dim > 128 else 4,
-        num_stages=2,
-    )
-    return output, scores
-
-
-class RebuildRows:
-    """:func:`xkv.ops.attention.rebuild_rows`
+class KeyScores:
+    """:func:`xkv.ops.working_set.key_scores`
 
     For each KV head and row it reads the latent's row, ``rank * bits / 8`` bytes with scales and
-    biases where it is packed, and writes ``dim`` numbers; each block of 32 rows reads the head's
-    basis, out of the L2 cache. ``2 * rank * dim`` flops a row, and some 15 integer operations for
-    each packed number. A packed latent is widened in registers.
+    biases where it is packed, and writes ``4 * M`` bytes of scores; each block of 32 rows reads the
+    head's basis and queries, ``M * dim`` numbers, out of the L2 cache. ``2 * (rank + M) * dim``
+    flops a row, queries padded to 16, and some 15 integer operations for each packed number. A
+    packed latent is widened in registers; keys never leave them, rounded to the queries' dtype.
     """
 
-    name = "rebuild_rows"
+    name = "key_scores"
 
-    def leading(self, stored: Stored, rows: Array) -> Array:
+    def leading(self, stored: Stored, rows: Array, queries: Array) -> Array:
         """The basis."""
         return stored.basis
 
-    def why_not(self, stored: Stored, rows: Array) -> str | None:
-        """Any rank and bits; one rotary embedding or none; dim a power of two from 32 to 256."""
+    def why_not(self, stored: Stored, rows: Array, queries: Array) -> str | None:
+        """Any rank, bits and queries; one rotation or none; dim a power of two from 32 to 256."""
+        if queries.dtype not in KERNEL_DTYPES:
+            return f"the queries are {queries.dtype}; Triton kernels take 16- and 32-bit floats"
         basis, n_runs = stored.basis, len(stored.rope_runs)
         if n_runs > 1:
             return f"the rows have {n_runs} rotary embeddings; the kernel takes 1"
@@ -268,25 +228,58 @@ class RebuildRows:
             return "the basis is strided; the kernel reads its rows side by side"
         return latent_problem(stored.latent)
 
-    def sample(self, backend: Backend, stored: Stored, rows: Array) -> tuple[Any, ...]:
-        """One and a bit blocks of rows, backwards."""
-        n_rows = BLOCK_ROWS + 1
+    def sample(
+        self, backend: Backend, stored: Stored, rows: Array, queries: Array
+    ) -> tuple[Any, ...]:
+        """One and a bit blocks of rows, backwards, and as many of queries."""
+        n_rows, head_dim = BLOCK_ROWS + 1, stored.basis.shape[-1]
         latent, dtype = sample_latent(backend, stored.latent, n_rows), stored.basis.dtype
-        basis = backend.normal((1, latent.rank, 2, stored.basis.shape[-1]), 1) * latent.rank**-0.5
+        basis = backend.normal((1, latent.rank, 2, head_dim), 1) * latent.rank**-0.5
         runs = tuple(RopeRun(n_rows, run.spec) for run in stored.rope_runs)
         ids = torch.arange(n_rows - 1, -1, -1, dtype=rows.dtype, device=rows.device)
-        return Stored(latent, basis.to(dtype), stored.start, runs), ids.expand(2, 2, n_rows)
+        drawn = backend.normal((2, 2, QUERIES + 1, head_dim), 2) * head_dim**-0.5
+        small = Stored(latent, basis.to(dtype), stored.start, runs)
+        return small, ids.expand(2, 2, n_rows), drawn.to(queries.dtype)
 
-    def check_key(self, stored: Stored, rows: Array) -> tuple[Any, ...]:
+    def check_key(self, stored: Stored, rows: Array, queries: Array) -> tuple[Any, ...]:
         """Dtypes, head_dim, order of pairs, packed or not."""
         dtypes = str(stored.basis.dtype).removeprefix("torch."), stored.latent.dtype
         constants = latent_constants(stored.latent).values()
         head_dim, is_traditional = stored.basis.shape[-1], _spec(stored).traditional
-        return *dtypes, head_dim, is_traditional, *constants, rows.dtype
+        return *dtypes, head_dim, is_traditional, *constants, rows.dtype, queries.dtype
 
-    def __call__(self, stored: Stored, rows: Array) -> Array:
-        """``[B, n_kv_heads, n, dim]`` in the basis' dtype."""
-        return launch(stored, rows, None)[0]
+    def __call__(self, stored: Stored, rows: Array, queries: Array) -> Array:
+        """``[B, n_kv_heads, M, n]`` float32"""
+        basis, spec = stored.basis, _spec(stored)
+        batch, n_kv_heads, n_rows = rows.shape
+        head_dim, n_queries = basis.shape[-1], queries.shape[1] // n_kv_heads * queries.shape[2]
+        shape = batch, n_kv_heads, n_queries, n_rows
+        scores = torch.empty(shape, dtype=torch.float32, device=rows.device)
+        key_scores_kernel[(triton.cdiv(n_rows, BLOCK_ROWS), n_kv_heads, batch)](
+            **latent_arguments(stored.latent),
+            **rows_arguments(rows),
+            basis=basis,
+            basis_batch=basis.stride(0) if basis.shape[0] > 1 else 0,
+            basis_row=basis.stride(1),
+            basis_head=basis.stride(2),
+            n_rows=n_rows,
+            position=stored.start,
+            inverse_freqs=inverse_freqs(spec.freqs, rows.device),
+            n_pairs=len(spec.freqs),
+            rope_scale=float(spec.scale),
+            queries=queries.contiguous(),
+            scores=scores,
+            n_queries=n_queries,
+            HEAD_DIM=head_dim,
+            TRADITIONAL=spec.traditional,
+            N=BLOCK_ROWS,
+            BLOCK_RANK=_block_rank(stored),
+            BAND_WIDTH=BAND,
+            N_QUERIES=QUERIES,
+            num_warps=8 if head_dim > 128 else 4,
+            num_stages=2,
+        )
+        return scores
 
 
-KERNEL = RebuildRows()
+KERNEL = KeyScores()
