@@ -161,7 +161,8 @@ def test_ropes_that_change_with_the_length_are_undone_call_by_call(tmp_path):
     random_model = load_language_model("mlx", str(path))
     document = random_model.prefill(list(range(300, 1000)), 0)
     assert len(document.rope_runs(0)) == len(document.call_ends) == 2
-    (setting,) = make_settings(["xkv:rank_k=full,rank_v=full,window=16,group_size=1"], [])[1:]
+    label = "xkv:rank_k=full,rank_v=full,window=16,group_size=1,attention=exact"
+    (setting,) = make_settings([label], [])[1:]
     layers = setting.method.compress(document, None).start()
     for layer, keys in zip(layers, document.keys, strict=True):
         assert relative_error(np.array(layer.prefix_keys), np.array(keys)) < 1e-5

@@ -140,7 +140,7 @@ def test_a_file_gives_the_same_layers(model, talk, opened, label):
     assert n_stored(loaded) == n_stored(layers)
     want, got = (logits(model, x, talk) for x in (layers, loaded))
     # a model's basis comes from its own file again, which the evaluation had rounded to 16 bits
-    assert relative_error(got, want) < 1e-3
+    assert relative_error(got, want) < 3e-3
 
 
 @pytest.mark.parametrize("label", ["full", EXACT])
