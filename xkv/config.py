@@ -96,7 +96,7 @@ class XKVConfig:
         attention: ``auto`` attends to the stored rows that matter most, where there are more than a
             step is worth; ``exact`` to every one.
         budget: Stored rows that a decode step attends to, recent and rebuilt ones together; None
-            rebuilds up to 256 beside the recent ones, and at least 128.
+            rebuilds up to 256 beside the recent ones, at least 128, and 256 for several tokens.
         kept_share: Share of the bytes held that the recent rows, kept in 8 bits, may take.
         power_iterations: Subspace iterations of a prompt's factorization.
         seed: Seed of its random start.
@@ -206,15 +206,17 @@ class XKVConfig:
             n_recent = min(n_recent, self.budget * 7 // 8)
         return Layout(n_rows, n_recent if self.rebuilt_at(n_rows, n_recent) else 0)
 
-    def rebuilt_at(self, n_rows: int, n_recent: int) -> int | None:
+    def rebuilt_at(self, n_rows: int, n_recent: int, n_queries: int = 1) -> int | None:
         """Rows of a segment that a decode step rebuilds for each KV head, None for all.
 
         Args:
             n_rows: Of the segment.
             n_recent: Those that are at hand.
+            n_queries: Tokens of the step, which share the rows.
         """
         if self.budget is None:
-            n_rebuilt = min(max(ATTENDED - n_recent, MIN_REBUILT), MAX_REBUILT)
+            least = MIN_REBUILT if n_queries == 1 else MAX_REBUILT
+            n_rebuilt = min(max(ATTENDED - n_recent, least), MAX_REBUILT)
         else:
             n_rebuilt = max(self.budget - n_recent, 1)
         is_all = self.attention == "exact" or n_rows <= n_recent + n_rebuilt

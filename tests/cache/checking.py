@@ -73,7 +73,7 @@ class Checking:
         if rebuilt:
             keys, values = beside
             chosen = [rebuilt[0], *recent]
-            self.check_chosen(layer_idx, rows, chosen)
+            self.check_chosen(layer_idx, rows, chosen, n_queries)
             start, end = rows.start, rows.start + rows.n_segment
             attended[..., start:end] = False
             for at in chosen:
@@ -97,9 +97,11 @@ class Checking:
         numbers = np.arange(rows.n_segment - rows.n_recent, rows.n_segment)
         return [np.broadcast_to(numbers, (*keys.shape[:2], rows.n_recent))]
 
-    def check_chosen(self, layer_idx: int, rows: LayerRows, chosen: list[np.ndarray]) -> None:
+    def check_chosen(
+        self, layer_idx: int, rows: LayerRows, chosen: list[np.ndarray], n_queries: int
+    ) -> None:
         """As many rows as the configuration says, each once."""
-        n_rebuilt = self.setting.config.rebuilt_at(rows.n_segment, rows.n_recent)
+        n_rebuilt = self.setting.config.rebuilt_at(rows.n_segment, rows.n_recent, n_queries)
         assert [x.shape[-1] for x in chosen] == [n_rebuilt, rows.n_recent][: len(chosen)]
         for each in np.concatenate(chosen, axis=-1).reshape(-1, n_rebuilt + rows.n_recent):
             assert len(set(each.tolist())) == len(each), (layer_idx, each)

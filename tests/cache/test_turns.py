@@ -69,6 +69,25 @@ def test_recent_rows_move_on_with_the_segment(backend):
     assert before.n_rows == 402 * 7 // 64
 
 
+@pytest.mark.parametrize(("n_queries", "n_rebuilt"), [(1, 128), (5, 256)])
+def test_several_tokens_share_more_rows(backend, monkeypatch, n_queries, n_rebuilt):
+    talk = Conversation(backend, rank_k=12, rank_v=12, kept_share=0.9)
+    talk.say(2000)
+    talk.reply(1)
+    counts, choose = [], type(backend).choose_rows
+
+    def spy(worth, count):
+        counts.append(count)
+        return choose(backend, worth, count)
+
+    monkeypatch.setattr(backend, "choose_rows", spy, raising=False)
+    layer = talk.cache.layers[0]
+    assert layer.rows.n_recent > 352 - 128
+    heads = layer.rows.keys.rows.shape[1]
+    layer.attend(backend.normal((1, 2 * heads, n_queries, 32), 0), 0.2, None)
+    assert counts == [n_rebuilt]
+
+
 @pytest.mark.parametrize("n_trimmed", [5, 30, 60, 120, 290])
 @pytest.mark.parametrize("attention", ["auto", "exact"])
 def test_trim_reaches_every_part(backend, n_trimmed, attention):

@@ -148,7 +148,7 @@ class LayerView:
             return backend.attention(queries, keys, values, scale, mask)
         n_rebuilt = None
         if mask is None and not is_long:
-            n_rebuilt = config.rebuilt_at(layer.n_segment, layer.n_recent)
+            n_rebuilt = config.rebuilt_at(layer.n_segment, layer.n_recent, n_queries)
         wide = xp.astype(queries, backend.step_dtype(queries.dtype))
         if n_rebuilt is not None:
             segment, dense = self.segment(wide.dtype, layer.n_recent), self._at_hand(n_new)

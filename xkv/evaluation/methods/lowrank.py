@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -136,7 +137,8 @@ class IndexedPrefix(Prefix):
     Args:
         stored: Keys of the segment but for recent rows.
         is_dense: Boolean ``[S]``: rows that are not in it.
-        n_chosen: Rows of the segment for each KV head.
+        n_chosen: Called with the number of a call's queries for that of rows of the segment, for
+            each KV head; None for all.
     """
 
     def __init__(
@@ -147,7 +149,7 @@ class IndexedPrefix(Prefix):
         n_tokens: int,
         stored: Stored,
         is_dense: np.ndarray,
-        n_chosen: int,
+        n_chosen: Callable[[int], int | None],
     ) -> None:
         super().__init__(backend, keys, values, n_tokens)
         self._stored, self._n_chosen = stored, n_chosen
@@ -155,7 +157,8 @@ class IndexedPrefix(Prefix):
         self._is_dense = backend.from_numpy(is_dense)
 
     def select(self, queries: Array, scale: float) -> Array | None:
-        if queries.shape[-2] >= FUSED_QUERIES:
+        n_chosen = self._n_chosen(queries.shape[-2])
+        if queries.shape[-2] >= FUSED_QUERIES or n_chosen is None:
             return None
         backend, xp = self.backend, self.backend.xp
         n_kv_heads, n_rows = self.prefix_keys.shape[1:3]
@@ -174,7 +177,7 @@ class IndexedPrefix(Prefix):
             xp.reshape(offsets, (queries.shape[0], -1)),
             n_kv_heads,
         )
-        chosen = backend.top_indices(worth, self._n_chosen) + self._stored.start
+        chosen = backend.top_indices(worth, n_chosen) + self._stored.start
         shape = (queries.shape[0], n_kv_heads, n_rows)
         marks = xp.zeros(shape, dtype=xp.float32, **backend.placement)
         ones = xp.ones(chosen.shape, dtype=xp.float32, **backend.placement)
@@ -220,8 +223,8 @@ def _rows(cache: LowRankCache, document: Document, index: int) -> dict[str, Any]
     keys, values = layer.dense()
     found: dict[str, Any] = {"keys": keys, "values": values}
     mine, backend = layer.rows, cache.backend
-    n_rebuilt = cache.config.rebuilt_at(mine.n_segment, mine.n_recent)
-    if n_rebuilt is not None:
+    n_rebuilt = functools.partial(cache.config.rebuilt_at, mine.n_segment, mine.n_recent)
+    if n_rebuilt() is not None:
         positions, end = np.arange(layer.offset), mine.start + mine.n_segment
         first = end - mine.n_recent
         found["is_dense"] = (positions < mine.start) | (positions >= first)
