@@ -71,7 +71,7 @@ def test_recent_rows_move_on_with_the_segment(backend):
 
 @pytest.mark.parametrize(("n_queries", "n_rebuilt"), [(1, 128), (5, 256)])
 def test_several_tokens_share_more_rows(backend, monkeypatch, n_queries, n_rebuilt):
-    talk = Conversation(backend, rank_k=12, rank_v=12, kept_share=0.9)
+    talk = Conversation(backend, rank_k=12, rank_v=12, budget=None, kept_share=0.9)
     talk.say(2000)
     talk.reply(1)
     counts, choose = [], type(backend).choose_rows
