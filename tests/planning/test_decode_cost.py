@@ -40,7 +40,7 @@ KERNELS = {"attend_dense", "query_terms", "index_scores", "choose_rows", "key_sc
 TRITON = KERNELS - {"choose_rows"}
 MOST_LAUNCHES = 11
 """Of a layer's step on Metal."""
-MORE_WITHOUT = 150
+MORE_WITHOUT = 120
 """Launches, at most, where plain operations take the place of Triton's kernels."""
 
 

@@ -59,7 +59,7 @@ class StepShape:
 
     @property
     def config(self) -> XKVConfig:
-        """What says how many rows are kept and rebuilt."""
+        """What says how many rows are recent and rebuilt."""
         return XKVConfig(compression=USUAL_COMPRESSION, budget=self.budget)
 
     def layer(self, n_tokens: int) -> LayerShape:

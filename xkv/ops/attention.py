@@ -46,16 +46,12 @@ def rebuild_all(backend: Operations, stored: Stored) -> Array:
 
 def take_rows(backend: Operations, latent: Latent, rows: Array) -> Latent:
     """Rows of a latent for each KV head: ``[B, L, r]`` -> ``[B, n_kv_heads, n, r]``, packed."""
-    xp = backend.xp
-    batch, n_rows = latent.shape[:2]
-    if batch > 1:
-        first = xp.arange(batch, **backend.placement)[:, None, None] * n_rows
-        rows = rows + xp.astype(first, rows.dtype)
-    flat = xp.reshape(rows, (-1,))
+    xp, batch = backend.xp, latent.shape[0]
 
     def take(x: Array) -> Array:
-        taken = xp.take(xp.reshape(x, (batch * n_rows, -1)), flat, axis=0)
-        return xp.reshape(taken, (*rows.shape, -1))
+        # of each sequence by itself: a latent of several without its last rows is not one matrix
+        taken = [xp.take(x[i], xp.reshape(rows[i], (-1,)), axis=0) for i in range(batch)]
+        return xp.reshape(taken[0] if batch == 1 else xp.stack(taken), (*rows.shape, -1))
 
     return latent.map(take)
 
