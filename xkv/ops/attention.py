@@ -46,12 +46,17 @@ def rebuild_all(backend: Operations, stored: Stored) -> Array:
 
 def take_rows(backend: Operations, latent: Latent, rows: Array) -> Latent:
     """Rows of a latent for each KV head: ``[B, L, r]`` -> ``[B, n_kv_heads, n, r]``, packed."""
-    xp, batch = backend.xp, latent.shape[0]
+    xp, (batch, n_rows) = backend.xp, latent.shape[:2]
 
     def take(x: Array) -> Array:
         # of each sequence by itself: a latent of several without its last rows is not one matrix
-        taken = [xp.take(x[i], xp.reshape(rows[i], (-1,)), axis=0) for i in range(batch)]
-        return xp.reshape(taken[0] if batch == 1 else xp.stack(taken), (*rows.shape, -1))
+        taken = [
+            xp.take(
+                xp.reshape(x[i : i + 1], (n_rows, -1)), xp.reshape(rows[i : i + 1], (-1,)), axis=0
+            )
+            for i in range(batch)
+        ]
+        return xp.reshape(taken[0] if batch == 1 else xp.concat(taken), (*rows.shape, -1))
 
     return latent.map(take)
 
