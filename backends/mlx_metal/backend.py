@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -40,6 +41,7 @@ class MLXBackend(Backend):
     def __init__(self, kernels: KernelMode = "auto") -> None:
         self.kernels = KernelDispatch(self, kernels, lambda: common.device_problem())
         self._freqs: dict[RopeSpec, Array] = {}
+        self._ones: dict[Any, Array] = {}
         self._rotations: dict[RopeSpec, Callable[[Array, Array], Array]] = {}
 
     @property
@@ -112,6 +114,9 @@ class MLXBackend(Backend):
             freqs=-freqs if inverse else freqs,
         )
 
+    def split(self, x: Array, widths: Sequence[int]) -> Sequence[Array]:
+        return list(mx.split(x, list(accumulate(widths))[:-1], axis=-1))
+
     def top_indices(self, scores: Array, count: int) -> Array:
         *lead, n = scores.shape
         if n < 2 * RUN * count:
@@ -133,13 +138,15 @@ class MLXBackend(Backend):
         words, scales, biases = packed
         if mx.default_device() != mx.Device(mx.cpu):
             return mx.dequantize(words, scales, biases, group_size=group_size, bits=bits)
-        # each row a matrix of one row, times 1: the CPU's mx.dequantize takes 2 to 15 times as long
-        words, scales, biases = (mx.reshape(x, (-1, 1, x.shape[-1])) for x in packed)
-        ones = mx.ones((words.shape[0], 1, 1), scales.dtype)
-        rows = mx.quantized_matmul(
-            ones, words, scales, biases, transpose=False, group_size=group_size, bits=bits
+        # one matrix of one row, times 1: the CPU's mx.dequantize takes 2 to 15 times as long
+        words, scales, biases = (mx.reshape(x, (1, -1)) for x in packed)
+        if scales.dtype not in self._ones:
+            self._ones[scales.dtype] = mx.ones((1, 1), scales.dtype)
+        one = self._ones[scales.dtype]
+        row = mx.quantized_matmul(
+            one, words, scales, biases, transpose=False, group_size=group_size, bits=bits
         )
-        return mx.reshape(rows, (*packed[0].shape[:-1], rows.shape[-1]))
+        return mx.reshape(row, (*packed[1].shape[:-1], -1))
 
     def logsumexp(self, x: Array) -> Array:
         return mx.logsumexp(x, axis=-1)

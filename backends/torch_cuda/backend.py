@@ -101,6 +101,9 @@ class TorchBackend(Backend):
             queries, keys, values, attn_mask=mask, scale=scale, enable_gqa=True
         )
 
+    def split(self, x: Array, widths: Sequence[int]) -> Sequence[Array]:
+        return torch.split(x, list(widths), -1)
+
     def top_indices(self, scores: Array, count: int) -> Array:
         count = min(count, scores.shape[-1])
         return torch.topk(scores, count, dim=-1, sorted=False).indices

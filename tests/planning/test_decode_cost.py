@@ -34,7 +34,7 @@ SHAPES = {
     "bundled": StepShape(MODELS["bundled"]),
     "smollm2": StepShape(MODELS["SmolLM2-135M"]),
 }
-VIEWS = {"Broadcast", "ExpandDims", "Reshape", "Slice", "Squeeze", "Transpose"}
+VIEWS = {"Broadcast", "ExpandDims", "Reshape", "Slice", "Split", "Squeeze", "Transpose"}
 CONFIG = XKVConfig(compression=8)
 KERNELS = {"attend_dense", "query_terms", "index_scores", "choose_rows", "key_scores", "weigh_rows"}
 TRITON = KERNELS - {"choose_rows"}

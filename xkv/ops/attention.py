@@ -75,9 +75,12 @@ def rebuild_rows(backend: Operations, stored: Stored, rows: Array) -> Array:
     basis = stored.basis
     taken = take_rows(backend, stored.latent, rows).astype(backend, basis.dtype)
     by_head, rebuilt = xp.permute_dims(basis, (0, 2, 1, 3)), None
-    for at, piece in taken.pieces():
-        product = piece.unpack(backend, basis.dtype) @ by_head[..., at, :]
-        rebuilt = product if rebuilt is None else rebuilt + product
+    for at, piece in taken.pieces(backend):
+        rows_here, basis_here = piece.unpack(backend, basis.dtype), by_head[..., at, :]
+        if rebuilt is None:
+            rebuilt = rows_here @ basis_here
+        else:
+            rebuilt = backend.add_product(rebuilt, rows_here, basis_here)
     rotated, first = rebuilt, 0
     for n_rows, spec in stored.rope_runs:
         if spec is not None:

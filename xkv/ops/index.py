@@ -30,21 +30,39 @@ def n_columns(latent: Latent) -> int:
     return min(BAND, latent.rank) + max(len(latent.bits) - 1, 0)
 
 
-def index_columns(backend: Operations, latent: Latent, dtype: Any) -> list[Array]:
+def index_columns(
+    backend: Operations, latent: Latent, dtype: Any, n_missing: int = 0
+) -> list[Array]:
     """What of each row is scored: ``[B, L, n]`` in a dtype, in one or two parts.
 
     The first band's columns and, of each other band, the direction that is the mean of its columns:
     the plan puts the strongest directions there. The middle of a row's codes stands for their mean,
     so that no words of these bands are read.
+
+    Args:
+        n_missing: Rows of zeros that follow them.
     """
+    xp = backend.xp
+
+    def filled(x: Array) -> Array:
+        if not n_missing:
+            return x
+        zeros = xp.zeros((x.shape[0], n_missing, x.shape[2]), dtype=x.dtype, **backend.placement)
+        return xp.concat([x, zeros], axis=1)
+
     if not latent.is_packed:
-        return [backend.xp.astype(latent.arrays[0][..., :BAND], dtype)]
-    first = latent.bands(0, 1).unpack(backend, dtype)
-    if len(latent.bits) == 1:
-        return [first]
-    _, scales, biases = latent.bands(1, len(latent.bits)).astype(backend, dtype).arrays
-    middles = backend.constant([(2**bits - 1) / 2 for bits in latent.bits[1:]], dtype)
-    return [first, (scales * middles + biases) * BAND**0.5]
+        return [xp.astype(filled(latent.arrays[0][..., :BAND]), dtype)]
+    # codes are filled up, as they are smaller than what they stand for
+    first = latent.bands(0, 1)
+    words, *_ = first.arrays
+    _, scales, biases = latent.astype(backend, dtype).arrays
+    scales, biases = filled(scales), filled(biases)
+    parts = [Latent((filled(words), scales[..., :1], biases[..., :1]), first.bits)]
+    columns = [part.unpack(backend, dtype) for part in parts]
+    if len(latent.bits) > 1:
+        middles = backend.constant([(2**bits - 1) / 2 for bits in latent.bits[1:]], dtype)
+        columns.append((scales[..., 1:] * middles + biases[..., 1:]) * BAND**0.5)
+    return columns
 
 
 def index_basis(backend: Operations, stored: Stored) -> Array:
@@ -175,11 +193,9 @@ def index_scores(
         n_here, row, products = min(step, n_rows - first), 0, None
         here = absorbed[:, first // BLOCK : (first + step) // BLOCK] if n_blocks > 1 else absorbed
         n_missing = -n_here % BLOCK if n_blocks > 1 else 0
-        for columns in index_columns(backend, latent.rows(first, first + n_here), absorbed.dtype):
+        rows = latent.rows(first, first + n_here)
+        for columns in index_columns(backend, rows, absorbed.dtype, n_missing):
             width = columns.shape[-1]
-            if n_missing:
-                rest = xp.zeros((batch, n_missing, width), dtype=columns.dtype, **backend.placement)
-                columns = xp.concat([columns, rest], axis=1)
             by_block = xp.reshape(columns, (batch, here.shape[1], -1, width))
             part = by_block @ here[:, :, row : row + width]
             products = part if products is None else products + part

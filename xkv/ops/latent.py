@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,23 @@ WORD_BITS = 32
 
 PIECE = 8
 """Bands that are widened together, at most."""
+
+
+@functools.cache
+def words_of(bits: tuple[int, ...], n_bands: int) -> int:
+    """Words of a row's first bands."""
+    return sum(bits[:n_bands]) * BAND // WORD_BITS
+
+
+@functools.cache
+def runs_of(bits: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Bands, from one to another, that have as many bits and are no more than ``PIECE``."""
+    found, start = [], 0
+    for _, run in itertools.groupby(bits):
+        last = start + len(list(run))
+        found += [(x, min(x + PIECE, last)) for x in range(start, last, PIECE)]
+        start = last
+    return found
 
 
 @dataclass(frozen=True)
@@ -76,27 +94,32 @@ class Latent:
 
     def bands(self, start: int, end: int) -> Latent:
         """Packed bands ``start`` to ``end``."""
+        if (start, end) == (0, len(self.bits)):
+            return self
         words, scales, biases = self.arrays
-        first, last = (sum(self.bits[:n]) * BAND // WORD_BITS for n in (start, end))
+        first, last = words_of(self.bits, start), words_of(self.bits, end)
         cut = words[..., first:last], scales[..., start:end], biases[..., start:end]
         return Latent(cut, self.bits[start:end])
 
-    def pieces(self) -> list[tuple[slice, Latent]]:
+    def pieces(self, backend: Operations) -> list[tuple[slice, Latent]]:
         """Neighbouring columns, and where they are, in pieces that are widened together.
 
         They have as many bits, and are few: arrays that fit into a cache are widened several times
         as fast on a CPU.
         """
-        if not self.is_packed:
+        runs = runs_of(self.bits) if self.is_packed else []
+        if len(runs) < 2:
             return [(slice(0, self.rank), self)]
-        found, start = [], 0
-        for _, run in itertools.groupby(self.bits):
-            last = start + len(list(run))
-            while start < last:
-                end = min(start + PIECE, last)
-                found.append((slice(BAND * start, BAND * end), self.bands(start, end)))
-                start = end
-        return found
+        n_bands = [end - start for start, end in runs]
+        n_words = [words_of(self.bits[start:end], end - start) for start, end in runs]
+        words, scales, biases = (
+            backend.split(x, widths)
+            for x, widths in zip(self.arrays, (n_words, n_bands, n_bands), strict=True)
+        )
+        return [
+            (slice(BAND * start, BAND * end), Latent((x, y, z), self.bits[start:end]))
+            for (start, end), x, y, z in zip(runs, words, scales, biases, strict=True)
+        ]
 
     def unpack(self, backend: Operations, dtype: Any = None) -> Array:
         """The matrix ``[..., r]``, in another dtype if one is given."""
@@ -108,7 +131,7 @@ class Latent:
             return backend.xp.zeros(self.shape, dtype=dtype, **backend.placement)
         parts = [
             backend.dequantize(piece.astype(backend, dtype).arrays, BAND, piece.bits[0])
-            for _, piece in self.pieces()
+            for _, piece in self.pieces(backend)
         ]
         return parts[0] if len(parts) == 1 else backend.xp.concat(parts, axis=-1)
 

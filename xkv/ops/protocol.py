@@ -68,6 +68,10 @@ class Operations(ABC):
         """The framework's attention, over keys and values ``[B, n_kv_heads, L, dim]``."""
 
     @abstractmethod
+    def split(self, x: Array, widths: Sequence[int]) -> Sequence[Array]:
+        """Neighbouring parts of an array, of these sizes along its last axis."""
+
+    @abstractmethod
     def top_indices(self, scores: Array, count: int) -> Array:
         """Where the ``count`` largest of the last axis are (all, if fewer), in any order."""
 

@@ -136,7 +136,8 @@ def weigh_rows(
     weights, raised = raised_weights(backend, weights, beside.dtype)
     taken, on_rows = take_rows(backend, latent, rows), weights[..., :-1]
     taken = taken.astype(backend, weights.dtype)
-    sums = [on_rows @ piece.unpack(backend, weights.dtype) for _, piece in taken.pieces()]
+    pieces = [piece.unpack(backend, weights.dtype) for _, piece in taken.pieces(backend)]
+    sums = [on_rows @ piece for piece in pieces]
     found = [sums[0] if len(sums) == 1 else xp.concat(sums, axis=-1)]
     found.append(xp.reshape(beside, (*scores.shape[:3], -1)) * weights[..., -1:])
     found = found if raised == 1 else [x / raised for x in found]

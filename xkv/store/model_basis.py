@@ -97,7 +97,16 @@ class ModelBasis:
         return scales + sum(x.nbytes for basis in bases for x in (*basis.layers, *basis.index_rows))
 
     def column_bytes(self, bits: Sequence[Sequence[BandBits]], item_bytes: int) -> int:
-        """Bytes of the columns of a plan, whether they were made or not."""
+        """Bytes of the columns of a plan, whether they were made or not.
+
+        Args:
+            bits: Of each group's keys, and values.
+            item_bytes: Of a number in the KV dtype; a step may compute, and hold them, in more.
+        """
+        xp = self.backend.xp
+        item_bytes = max(
+            item_bytes, xp.zeros((), dtype=self.backend.step_dtype(xp.float16)).itemsize
+        )
         return sum(
             BAND * sum(map(bool, bands)) * len(each.scales) * item_bytes
             for group, plans in zip(self.directions, bits, strict=True)
@@ -105,7 +114,10 @@ class ModelBasis:
         )
 
     def columns(self, number: int, bits: Sequence[BandBits], dtype: Any) -> list[Basis]:
-        """Bases of group ``number`` for keys, and for values, with bands in these bits."""
+        """Bases of group ``number`` for keys, and for values, with bands in these bits.
+
+        Rounded to ``dtype``, that of rows, and held in that of a decode step.
+        """
         bases = []
         for part, each in enumerate(bits):
             key = number, part, each, str(dtype)
@@ -126,14 +138,16 @@ class ModelBasis:
         joint = backend.from_numpy(rows.reshape(1, -1, 1, width))
         joint = rotate_bands(backend, take_bands(backend, joint, order), dtype)
         layers = split_layers(backend, joint[:, :, 0], *found.heads)
-        index = [rows_of_index(backend, layer, True) for layer in layers]
-        index = [backend.own(rows) for rows in index]
-        backend.evaluate(*layers, *index)
+        index = [backend.own(rows_of_index(backend, layer, True)) for layer in layers]
+        # once, and not in each step
+        wide = backend.step_dtype(dtype)
+        held = [backend.xp.astype(x, wide) for x in (*layers, *index)]
+        backend.evaluate(*held)
         return Basis(
-            tuple(map(Packed.plain, layers)),
+            tuple(map(Packed.plain, held[: len(layers)])),
             tuple(bits[i] for i in order),
             is_shared=True,
-            index_rows=tuple(index),
+            index_rows=tuple(held[len(layers) :]),
             scales=backend.from_numpy(found.scales),
         )
 
