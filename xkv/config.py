@@ -43,6 +43,9 @@ MIN_REBUILT, MAX_REBUILT = 128, 256
 What more of them are worth, and cost: docs/measured.md.
 """
 
+OWN_QUERIES = 8
+"""Tokens of a call, at most, that attend each to rows of its own, as they would one by one."""
+
 RECENT_IN_ROW = 1.75
 """Rows of 64 features and more in 8 bits, in the bytes of one in 16."""
 
@@ -96,7 +99,7 @@ class XKVConfig:
         attention: ``auto`` attends to the stored rows that matter most, where there are more than a
             step is worth; ``exact`` to every one.
         budget: Stored rows that a decode step attends to, recent and rebuilt ones together; None
-            rebuilds up to 256 beside the recent ones, at least 128, and 256 for several tokens.
+            rebuilds up to 256 beside the recent ones, at least 128, and 256 for more than 8 tokens.
         kept_share: Share of the bytes held that the recent rows, kept in 8 bits, may take.
         power_iterations: Subspace iterations of a prompt's factorization.
         seed: Seed of its random start.
@@ -212,10 +215,10 @@ class XKVConfig:
         Args:
             n_rows: Of the segment.
             n_recent: Those that are at hand.
-            n_queries: Tokens of the step, which share the rows.
+            n_queries: Tokens of the step: up to ``OWN_QUERIES`` have as many each, more share them.
         """
         if self.budget is None:
-            least = MIN_REBUILT if n_queries == 1 else MAX_REBUILT
+            least = MIN_REBUILT if n_queries <= OWN_QUERIES else MAX_REBUILT
             n_rebuilt = min(max(ATTENDED - n_recent, least), MAX_REBUILT)
         else:
             n_rebuilt = max(self.budget - n_recent, 1)

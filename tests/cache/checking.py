@@ -13,6 +13,7 @@ from tests.cache.twin import Pair, attention, row_error
 from xkv.cache.rows import LayerRows
 from xkv.checks.invariants import broken_invariants
 from xkv.ops.backend import Backend
+from xkv.ops.working_set import n_sets_of
 
 EXACT = 2e-4
 """Relative error of float32 factors of full rank, after many folds."""
@@ -77,9 +78,9 @@ class Checking:
             start, end = rows.start, rows.start + rows.n_segment
             attended[..., start:end] = False
             for at in chosen:
-                places = np.broadcast_to(
-                    at[:, :, None] + start, (*at.shape[:2], n_queries, at.shape[2])
-                )
+                # a set for each token, or one for all
+                sets = at.reshape(s.batch, s.n_kv_heads, -1, at.shape[-1]) + start
+                places = np.broadcast_to(sets, (*sets.shape[:2], n_queries, sets.shape[3]))
                 np.put_along_axis(attended, places, True, axis=-1)
         want = attention(self.backend.to_numpy(queries), keys, values, attended, scale)
         error = np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-6)
@@ -103,6 +104,9 @@ class Checking:
         """As many rows as the configuration says, each once."""
         n_rebuilt = self.setting.config.rebuilt_at(rows.n_segment, rows.n_recent, n_queries)
         assert [x.shape[-1] for x in chosen] == [n_rebuilt, rows.n_recent][: len(chosen)]
+        n_sets = n_sets_of(n_queries)
+        assert chosen[0].shape[1] == self.setting.n_kv_heads * n_sets
+        chosen = [chosen[0], *(np.repeat(x, n_sets, axis=1) for x in chosen[1:])]
         for each in np.concatenate(chosen, axis=-1).reshape(-1, n_rebuilt + rows.n_recent):
             assert len(set(each.tolist())) == len(each), (layer_idx, each)
             assert each.min() >= 0 and each.max() < rows.n_segment

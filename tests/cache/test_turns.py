@@ -69,8 +69,8 @@ def test_recent_rows_move_on_with_the_segment(backend):
     assert before.n_rows == 402 * 7 // 64
 
 
-@pytest.mark.parametrize(("n_queries", "n_rebuilt"), [(1, 128), (5, 256)])
-def test_several_tokens_share_more_rows(backend, monkeypatch, n_queries, n_rebuilt):
+@pytest.mark.parametrize(("n_queries", "n_rebuilt"), [(1, 128), (8, 128), (9, 256)])
+def test_many_tokens_share_more_rows(backend, monkeypatch, n_queries, n_rebuilt):
     talk = Conversation(backend, rank_k=12, rank_v=12, budget=None, kept_share=0.9)
     talk.say(2000)
     talk.reply(1)

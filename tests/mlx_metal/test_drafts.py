@@ -21,6 +21,7 @@ from tests.serving import ANSWER, LAST_RESORT_S, Server, chat, float32_model, te
 from tests.tiny_models import ARCHITECTURES, write_checkpoint
 from xkv import generate
 from xkv.backends.mlx_metal.model.drafts import DraftCount
+from xkv.cache import steps
 from xkv.tiny import make_document
 
 DOCUMENT = make_document(seed=11, n_tokens=700)
@@ -86,6 +87,40 @@ def test_tokens_are_those_of_the_model_alone(models: Any, request: Any) -> None:
         assert acceptance == 1
     else:
         assert acceptance < 0.1
+
+
+@pytest.mark.parametrize("seed", [100, 101, 102])
+def test_tokens_are_those_of_one_by_one_where_the_next_is_unsure(
+    path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each draft attends to the rows that it would alone, and rows are stored as they would."""
+    folds, fold = [], steps.fold
+
+    def spy(backend: Any, config: Any, state: Any, n_rows: int) -> Any:
+        if config.compression == 8:
+            folds.append((state.layers[0].offset, n_rows))
+        return fold(backend, config, state, n_rows)
+
+    monkeypatch.setattr(steps, "fold", spy)
+    model, draft = (mlx_lm.load(str(path))[0] for _ in range(2))
+    tokenizer = mlx_lm.load(str(path))[1]
+    prompt = mx.array(tokenizer.encode(make_document(seed, 1000).text)[:700])
+    for each, ratio in ((model, 8), (draft, 16)):
+        xkv.enable(each, compression=ratio, max_tail=32)
+    want = [int(x) for x, _ in generate_step(prompt, model, max_tokens=100)]
+    one_by_one, folds[:] = list(folds), []
+    cache = [x for each in (model, draft) for x in make_prompt_cache(each)]
+    found = speculative_generate_step(
+        prompt, model, draft, num_draft_tokens=3, max_tokens=100, prompt_cache=cache
+    )
+    got, taken = zip(*((int(token), is_draft) for token, _, is_draft in found), strict=True)
+    assert list(got) == want
+    assert folds == one_by_one and len(folds) > 2
+    assert 40 < sum(taken) < 75
+    layer = cache[0].layer
+    assert layer.rows.n_segment >= 700 and layer.rows.n_recent > 0
+    for each in (model, draft):
+        xkv.disable(each)
 
 
 @pytest.mark.parametrize(

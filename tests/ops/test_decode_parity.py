@@ -76,9 +76,9 @@ def test_planted_fault_exceeds_the_bound_tenfold(
     plain_mlx, reference, operation: str, fault: Callable[..., DecodeInputs]
 ):
     run = OPERATIONS[operation]
-    x = fault(make_inputs(plain_mlx, CASES[0], "float32"))
+    x = fault(make_inputs(plain_mlx, CASES[1], "float32"))
     got = run(plain_mlx, x, "float32")
-    want = run(reference, make_inputs(reference, CASES[0], "float32", exact=True), "float32")
+    want = run(reference, make_inputs(reference, CASES[1], "float32", exact=True), "float32")
     error = relative_error(plain_mlx.to_numpy(got), reference.to_numpy(want))
     assert error > 10 * PLAIN_TOLERANCE["float32"]
 
@@ -102,6 +102,29 @@ def test_attention_is_attention_over_the_rebuilt_rows(reference, case):
         want = reference.attention(x.queries, *rows, x.scale, None)
         got = OPERATIONS[name](reference, x, "float32")
         assert relative_error(*map(reference.to_numpy, (got, want))) < 1e-12
+
+
+@pytest.mark.parametrize("name", ["mlx", "torch"])
+@pytest.mark.parametrize(("n_queries", "have_own"), [(5, True), (8, True), (9, False)])
+def test_a_few_tokens_attend_to_what_each_would_alone(name, n_queries, have_own):
+    backend = load_backend(name, kernels="off")
+    x = make_inputs(backend, replace(CASES[6], n_queries=n_queries), "float32")
+    together = backend.to_numpy(attend_set(backend, *given(x, n_queries, n_queries), 60))
+    alone = [
+        backend.to_numpy(attend_set(backend, *given(x, number + 1, 1), 60))
+        for number in range(n_queries)
+    ]
+    error = relative_error(together, np.concatenate(alone, axis=2))
+    # more of them share their rows
+    assert error < 1e-5 if have_own else error > 1e-2
+
+
+def given(x: DecodeInputs, end: int, n_queries: int) -> tuple[Any, ...]:
+    """The last queries up to one, with the dense rows that they see."""
+    n_later = x.queries.shape[2] - end
+    keys, values = (rows[..., : rows.shape[-2] - n_later, :] for rows in x.dense[:2])
+    queries = x.queries[:, :, end - n_queries : end]
+    return queries, x.segment, x.dense._replace(keys=keys, values=values), x.scale
 
 
 def test_masked_rows_are_ignored(plain_mlx):

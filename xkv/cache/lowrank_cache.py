@@ -150,6 +150,11 @@ class LowRankCache:
         check_ranks(shape, self.config)
         self.known_shape = shape
 
+    def tokens_until_due(self, n_tokens: int) -> int:
+        """After which of a call's tokens, one by one, rows would be stored; else all of them."""
+        states = (group.state for group in self.groups)
+        return min(settling.tokens_until_due(self.config, x, n_tokens) for x in states)
+
     def settle(self) -> None:
         """Between calls of the model, store what has grown too long to stay dense."""
         for number in range(len(self.groups)):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from xkv.cache import steps
 from xkv.cache.group import GroupState
+from xkv.cache.rows import LayerRows
 from xkv.config import XKVConfig
 from xkv.ops.backend import Backend
 from xkv.store.model_basis import ModelBasis
@@ -83,6 +84,26 @@ def compressed(
     return Settled(state, plan, unspent, None)
 
 
+def rows_due(config: XKVConfig, rows: LayerRows, n_more: int = 0) -> int:
+    """Rows of a compressed layer's tail that are stored once it has seen ``n_more`` tokens more."""
+    n_rows = rows.n_tail + n_more - config.window_at(rows.offset + n_more)
+    return n_rows if n_rows >= config.max_tail else 0
+
+
+def tokens_until_due(config: XKVConfig, state: GroupState, n_tokens: int) -> int:
+    """After which of a call's tokens, one by one, the group would change; else all of them."""
+    rows = state.layers[0]
+
+    def is_due(n_more: int) -> bool:
+        if rows.is_compressed:
+            return rows_due(config, rows, n_more) > 0
+        return rows.offset + n_more >= state.retry_at
+
+    if is_due(0):
+        return n_tokens
+    return next(filter(is_due, range(1, n_tokens)), n_tokens)
+
+
 def continued(
     backend: Backend, config: XKVConfig, state: GroupState
 ) -> tuple[GroupState, str | None]:
@@ -93,8 +114,8 @@ def continued(
     """
     state = steps.released(backend, state)
     first = state.layers[0]
-    n_rows = first.n_tail - config.window_at(first.offset)
-    if n_rows < config.max_tail:
+    n_rows = rows_due(config, first)
+    if not n_rows:
         return state, None
     after = steps.fold(backend, config, state, n_rows)
     return after, _misfit(state, after, n_rows)

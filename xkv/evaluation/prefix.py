@@ -25,6 +25,8 @@ class Prefix(PromptLayer):
     def select(self, queries: Array, scale: float) -> Array | None:
         """Rows that each question attends to, ``[1 or B, n_kv_heads, S]``, or None for all.
 
+        Or those of each query, ``[B, n_kv_heads, n_heads // n_kv_heads * Lq, S]``.
+
         Called with every call's queries ``[B, n_heads, Lq, head_dim]``: first those of the
         questions, then those of single tokens.
         """
@@ -54,7 +56,8 @@ class Prefix(PromptLayer):
         since = grouped @ xp.matrix_transpose(self.keys)
         lowest = xp.finfo(since.dtype).min
         if selected is not None:
-            before = xp.where(selected[:, :, None], before, lowest)
+            selected = selected if selected.ndim == 4 else selected[:, :, None]
+            before = xp.where(selected, before, lowest)
         if n_queries > 1:
             n_since = self.keys.shape[-2]
             rows = self.backend.positions(n_since - n_queries, n_queries)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from xkv.config import OWN_QUERIES
 from xkv.ops.attention import raised_weights, rebuild_rows, take_rows
 from xkv.ops.index import absorbed_queries
 from xkv.ops.latent import Latent
@@ -24,12 +25,13 @@ def attend_set(
     The index scores every row of the segment; the best are rebuilt, and gone after the step.
 
     Args:
-        queries: ``[B, n_heads, Lq, head_dim]``, rotated, few; they all attend to the same rows of
-            the segment. The last Lq dense rows are theirs.
+        queries: ``[B, n_heads, Lq, head_dim]``, rotated, few. Up to ``OWN_QUERIES`` tokens attend
+            each to the rows that it would alone, more of them to the same rows. The last Lq dense
+            rows are theirs.
         segment: The layer's compressed rows but for recent ones, no fewer than ``n_rebuilt``.
         dense: Those at hand, recent ones among them.
         scale: Factor on the scores.
-        n_rebuilt: Rows to rebuild for each KV head.
+        n_rebuilt: Rows to rebuild for each KV head, and each token that has its own.
         sinks: ``[n_heads]``: scores of nothing, that take a part of each head's weights.
 
     Returns:
@@ -39,15 +41,51 @@ def attend_set(
     queries = queries * scale
     # how much a head gives to rows that need no rebuilding: by less than that, others do not matter
     beside, totals = backend.attend_dense(queries, dense, sinks)
-    absorbed = absorbed_queries(backend, queries, segment.keys)
-    offsets = xp.reshape(totals, (queries.shape[0], -1))
-    worth = backend.index_scores(absorbed, segment.keys.latent, offsets, n_kv_heads)
+    worth = rows_worth(backend, queries, totals, segment.keys, n_kv_heads)
     rows = backend.choose_rows(worth, n_rebuilt)
+    rows = xp.reshape(rows, (queries.shape[0], n_kv_heads, -1))
     scores = backend.key_scores(segment.keys, rows, queries)
+    n_tokens = queries.shape[2]
+    if n_sets_of(n_tokens) > 1:
+        sets = backend.positions(0, rows.shape[-1]) // n_rebuilt
+        is_own = backend.positions(0, n_tokens)[:, None] == sets
+        scores = masked(backend, queries, scores, is_own)
     sums, rest = backend.weigh_rows(segment.values.latent, rows, scores, totals, beside)
     basis = xp.permute_dims(segment.values.basis, (0, 2, 1, 3))
     output = backend.add_product(rest, sums, basis)
     return xp.reshape(output, (*queries.shape[:3], output.shape[-1]))
+
+
+def n_sets_of(n_tokens: int) -> int:
+    """Sets of rows that a call's tokens attend to: one each for a few, otherwise one."""
+    return n_tokens if n_tokens <= OWN_QUERIES else 1
+
+
+def rows_worth(
+    backend: Operations, queries: Array, totals: Array, stored: Stored, n_kv_heads: int
+) -> Array:
+    """How much a KV head's queries want each row, those of one token where each has its own rows.
+
+    Args:
+        queries: ``[B, n_heads, Lq, head_dim]``, rotated and scaled.
+        totals: What they give to rows at hand, ``[B, n_heads, Lq]``: :func:`attend_dense`.
+        stored: Keys.
+
+    Returns:
+        ``[B, n_kv_heads * n_sets, L]``: :func:`xkv.ops.index.index_scores`.
+    """
+    xp, (batch, n_heads, n_tokens, dim) = backend.xp, queries.shape
+    n_sets = n_sets_of(n_tokens)
+    if n_sets > 1:
+        # the queries of a KV head and a token next to each other
+        queries, totals = (
+            xp.permute_dims(xp.reshape(x, (batch, n_kv_heads, -1, n_tokens, n)), (0, 1, 3, 2, 4))
+            for x, n in ((queries, dim), (totals, 1))
+        )
+    asking = xp.reshape(queries, (batch, n_heads * n_tokens, 1, dim))
+    absorbed = absorbed_queries(backend, asking, stored)
+    offsets = xp.reshape(totals, (batch, -1))
+    return backend.index_scores(absorbed, stored.latent, offsets, n_kv_heads * n_sets)
 
 
 def attend_dense(

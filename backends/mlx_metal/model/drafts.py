@@ -1,11 +1,39 @@
-"""How many of a draft model's tokens the model takes."""
+"""A draft model's tokens: how they are verified, and how many of them the model takes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from xkv.backends.mlx_metal.model.enabled import lowrank_cache
 
 N_DRAFTS = 2
 """mlx-lm's default of ``num_draft_tokens``."""
+
+
+class Verifier:
+    """A model whose calls are cut where its cache, token by token, would store rows.
+
+    So drafts on both sides of that see what they would see one by one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, tokens: mx.array, cache: Sequence[Any]) -> mx.array:
+        """Logits ``[1, L, vocabulary]`` of tokens ``[1, L]``."""
+        compressed, n_tokens = lowrank_cache(cache), tokens.shape[1]
+        first = n_tokens if compressed is None else compressed.tokens_until_due(n_tokens)
+        parts = [tokens[:, :first], tokens[:, first:]]
+        logits = [self._model(part, cache=cache) for part in parts if part.size]
+        return logits[0] if len(logits) == 1 else mx.concatenate(logits, axis=1)
 
 
 @dataclass

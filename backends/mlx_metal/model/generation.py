@@ -15,6 +15,7 @@ import mlx.nn as nn
 from xkv.backends.mlx_metal.model import borrowed, seam
 from xkv.backends.mlx_metal.model.batch import XKVBatch, member_of, with_members
 from xkv.backends.mlx_metal.model.cache import XKVCache
+from xkv.backends.mlx_metal.model.drafts import Verifier
 from xkv.backends.mlx_metal.model.enabled import (
     Enabled,
     enabled_state,
@@ -131,7 +132,8 @@ def _speculate(
         with mx.stream(stream):
             for model, caches in zip(models, parts, strict=True):
                 prefill_prompt(model, caches, prompt[:-1], step_size)
-        steps = original(prompt[-1:], *models, *args, **kwargs)
+        model, draft_model = models
+        steps = original(prompt[-1:], Verifier(model), draft_model, *args, **kwargs)
         first = next(steps, None)
     if first is not None:
         with openblas.ONE_THREAD:

@@ -18,9 +18,9 @@ from xkv.errors import InputError
 from xkv.evaluation.methods.method import Compressed, Conversation, Method
 from xkv.evaluation.prefix import Prefix
 from xkv.ops.backend import Backend
-from xkv.ops.index import absorbed_queries, index_scores
 from xkv.ops.scores import grouped_scores, is_past, masked
 from xkv.ops.types import Array, Stored
+from xkv.ops.working_set import rows_worth
 from xkv.planning.document import Document
 
 
@@ -168,20 +168,16 @@ class IndexedPrefix(Prefix):
         if queries.shape[-2] > 1:
             seen = is_past(backend, beside.shape[-1], queries.shape[-2])
             beside = masked(backend, queries, beside, seen)
-        offsets = backend.logsumexp(beside)
-        absorbed = absorbed_queries(backend, queries, self._stored)
-        worth = index_scores(
-            backend,
-            absorbed,
-            self._stored.latent,
-            xp.reshape(offsets, (queries.shape[0], -1)),
-            n_kv_heads,
-        )
+        totals = xp.reshape(backend.logsumexp(beside), queries.shape[:3])
+        worth = rows_worth(backend, queries, totals, self._stored, n_kv_heads)
         chosen = backend.top_indices(worth, n_chosen) + self._stored.start
-        shape = (queries.shape[0], n_kv_heads, n_rows)
-        marks = xp.zeros(shape, dtype=xp.float32, **backend.placement)
+        marks = xp.zeros((*worth.shape[:2], n_rows), dtype=xp.float32, **backend.placement)
         ones = xp.ones(chosen.shape, dtype=xp.float32, **backend.placement)
-        return (backend.put_along(marks, chosen, ones) > 0) | self._is_dense
+        selected = (backend.put_along(marks, chosen, ones) > 0) | self._is_dense
+        selected = xp.reshape(selected, (queries.shape[0], n_kv_heads, -1, n_rows))
+        if selected.shape[2] == 1:
+            return selected
+        return xp.concat([selected] * (queries.shape[1] // n_kv_heads), axis=2)
 
 
 def _widen(cache: LowRankCache, document: Document) -> None:
