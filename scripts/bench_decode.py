@@ -67,6 +67,8 @@ def main() -> None:
             sys.exit(f"error: no figures while the forms disagree: {problem}")
         print("\n".join(counted_lines(shape)))
         rows = counted_rows(shape) + print_timings(backend, shape, args)
+        if args.backend == "mlx":
+            rows += print_host_times()
         if args.json:
             about = {"shape": args.shape, "dtype": shape.dtype, "device": backend.device_name}
             threads = os.environ.get("OMP_NUM_THREADS", "unset")
@@ -121,6 +123,22 @@ def counted_rows(shape: StepShape) -> list[dict[str, Any]]:
                 counts |= {"launches": n * work.launches}
                 rows.append({**about, "ms": milliseconds(chip, parts, n), **counts})
     return rows
+
+
+def print_host_times() -> list[dict[str, Any]]:
+    """How long Python and MLX take to make a layer's graph: printed, and as rows of a record."""
+    from xkv.backends.mlx_metal.cli.host_time import IS_METAL, N_TOKENS, host_times
+
+    times = host_times()
+    print(
+        f"\nhost, a layer of the bundled model at {N_TOKENS} tokens, kernels launched"
+        + ("" if IS_METAL else " as one node each")
+        + f": full {times['full']:.3f} ms, working set {times['working set']:.3f} ms, "
+        f"{times['working set'] / times['full']:.2f} x"
+    )
+    return [
+        {"what": "host", "tokens": N_TOKENS, "form": form, "ms": ms} for form, ms in times.items()
+    ]
 
 
 def is_openblas_preloaded() -> bool:

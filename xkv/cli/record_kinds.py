@@ -52,7 +52,7 @@ KINDS = {
         (
             "decode",
             "what=text tokens=count form=text chip=text?",
-            "ms=number bytes=count flops=count? launches=count? low_ms=number? high_ms=number?",
+            "ms=number bytes=count? flops=count? launches=count? low_ms=number? high_ms=number?",
         ),
         (
             "prefill",
