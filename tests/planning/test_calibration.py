@@ -225,11 +225,18 @@ def _raise(error):
     raise error
 
 
-def test_torch_calibrates_in_float32_on_a_cpu(folder):
-    engine = load_engine("torch", str(folder))
-    engine.model.to(torch.bfloat16)
-    before = engine.subject(CONFIG).fingerprint
-    assert "computes in float32" in engine.speed_up()
-    assert engine.model.dtype == torch.float32
-    assert engine.subject(CONFIG).fingerprint == before
-    assert engine.speed_up() is None
+def test_torch_calibrates_in_float32_on_a_cpu(folder, cache_home, fast, monkeypatch):
+    model = (engine := load_engine("torch", str(folder))).model.to(torch.bfloat16)
+    subject, seen = engine.subject(CONFIG), set()
+    before = {name: x.clone() for name, x in model.named_parameters()}
+
+    def fill(self, *args):
+        seen.update(x.dtype for x in model.parameters())
+        raise InputError("interrupted")
+
+    monkeypatch.setattr(type(subject), "fill", fill)
+    with pytest.raises(InputError, match="interrupted"):
+        calibrate_model(subject, pieces, lambda *_: None)
+    assert seen == {torch.float32}
+    for name, x in model.named_parameters():
+        assert x.dtype == torch.bfloat16 and torch.equal(x, before[name])

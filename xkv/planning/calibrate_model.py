@@ -80,7 +80,7 @@ def calibrate_model(
             f"there is too little text to calibrate on: pieces of {n_needed} tokens are needed, "
             f"more than {N_HELD_OUT} of them"
         )
-    with _folder(path, pieces) as (folder, problem):
+    with subject.at_full_speed(), _folder(path, pieces) as (folder, problem):
         moments = Moments(folder)
         try:
             gather(

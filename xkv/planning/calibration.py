@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,6 +56,9 @@ class Subject(Protocol):
     backend: Backend
     plan: CachePlan
     fingerprint: str
+
+    def at_full_speed(self) -> AbstractContextManager[None]:
+        """Inside, the model computes as fast as it can on this device."""
 
     def fill(self, cache: LowRankCache, tokens: Sequence[int]) -> Any:
         """Run tokens through the model, layer by layer where it can, into a compressed cache.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,19 @@ class TorchSubject:
         self.model, self.backend = model, backend
         self.plan = CachePlan.of_probe(type(model).__name__, config, probe_model(model))
         self.fingerprint = model_fingerprint(model)
+
+    @contextlib.contextmanager
+    def at_full_speed(self) -> Iterator[None]:
+        """A CPU multiplies 16-bit matrices slowly: there the weights are in float32 inside."""
+        is_cpu, short = self.backend.device.type == "cpu", (torch.float16, torch.bfloat16)
+        narrow = {x: x.dtype for x in self.model.parameters() if is_cpu and x.dtype in short}
+        for weight in narrow:
+            weight.data = weight.data.float()
+        try:
+            yield
+        finally:
+            for weight, dtype in narrow.items():
+                weight.data = weight.data.to(dtype)
 
     def fill(self, cache: LowRankCache, tokens: Sequence[int]) -> XKVCache:
         caches = XKVCache(self.model.config, self.plan, self.backend, sequences=[cache])

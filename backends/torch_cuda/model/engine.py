@@ -50,12 +50,6 @@ class TorchEngine(Engine):
     def identity(self) -> ModelIdentity:
         return identity_of(self.model)
 
-    def speed_up(self) -> str | None:
-        if self.backend.device.type != "cpu" or self.model.dtype.itemsize > 2:
-            return None
-        self.model.float()
-        return "PyTorch computes in float32 here: the CPU multiplies 16-bit matrices slowly"
-
     def subject(self, config: XKVConfig) -> TorchSubject:
         return TorchSubject(self.model, config, self.backend)
 
