@@ -27,6 +27,7 @@ from xkv.checks.decode_step import (
     StepShape,
     time_alternating,
 )
+from xkv.cli.openblas import KERNELS
 from xkv.cli.record import make_record, typed_command, write_record
 from xkv.cli.terminal import user_errors
 from xkv.ops.backend import Backend
@@ -73,6 +74,7 @@ def main() -> None:
             about = {"shape": args.shape, "dtype": shape.dtype, "device": backend.device_name}
             threads = os.environ.get("OMP_NUM_THREADS", "unset")
             about |= {"layers": LLAMA_8B.model.n_layers, "OMP_NUM_THREADS": threads}
+            about |= {KERNELS: os.environ.get(KERNELS, "unset")}
             about |= {"openblas": "preloaded" if is_openblas_preloaded() else "not preloaded"}
             command = typed_command("python scripts/bench_decode.py")
             model = "Llama-3.1-8B's shape" if args.shape == "llama-8b" else args.shape
@@ -155,7 +157,8 @@ def print_timings(
         f"{platform.system()}, {args.backend} {version(args.backend)}, device "
         f"{backend.device_name}, {args.runs} runs, median [middle half]\n"
         f"OpenBLAS preloaded: {'yes' if is_openblas_preloaded() else 'no'}; "
-        f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}"
+        f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'unset')}, "
+        f"{KERNELS}={os.environ.get(KERNELS, 'unset')}"
     )
     print(f"{'tokens':>8}  {'form':<13}{'ms':>9}  {'spread':<19}{'MB counted':>11}{'GB/s':>8}  x")
     for n_tokens in args.lengths:

@@ -47,13 +47,14 @@ class Idle(NamedTuple):
 
     @property
     def extra_bytes(self) -> int:
-        """What MLX has in use besides weights and cached prompts."""
-        return self.report["active_memory_bytes"] - self.report["model_bytes"] - self.held_bytes
+        """What MLX has in use besides weights, the model's basis and cached prompts."""
+        known = self.report["model_bytes"] + self.report["basis_bytes"] + self.held_bytes
+        return self.report["active_memory_bytes"] - known
 
     def __str__(self) -> str:
         return (
             f"Idle: {self.report['sequences']} prompts in {self.held_bytes / 1e6:.1f} MB, "
-            f"{self.extra_bytes / 1e6:.1f} MB besides them and the weights, "
+            f"{self.extra_bytes / 1e6:.1f} MB besides them, the weights and the basis, "
             f"{self.rss_bytes / 1e6:.0f} MB resident"
         )
 

@@ -23,6 +23,7 @@ from xkv.backends.mlx_metal.server.budget import PromptCache
 from xkv.backends.mlx_metal.server.status import page
 from xkv.backends.mlx_metal.server.traffic import Traffic
 from xkv.cli.terminal import size_text
+from xkv.tiny import make_document
 
 KEY = "a-key"
 NASTY = "<script>alert(1)</script>\"'{{ 7 * 7 }}"
@@ -47,6 +48,12 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("log") / "log"
     with log.open("wb") as file, Server("--api-key", KEY, log=file) as running:
         yield running
+
+
+def test_the_models_basis_is_reported_beside_what_prompts_hold(server: Server) -> None:
+    server.ask(make_document(3, 900).text, max_tokens=2)
+    report = server.memory()
+    assert report["held_bytes"] < report["basis_bytes"] < report["model_bytes"]
 
 
 @pytest.fixture

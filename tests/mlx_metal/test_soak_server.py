@@ -141,7 +141,8 @@ def test_answer_that_breaks_off_is_told(path: str, content: bytes) -> None:
 
 
 def idle(extra: int = 0, rss: int = 1000) -> Idle:
-    report = {"active_memory_bytes": 700 + extra, "model_bytes": 400, "held_bytes": 300}
+    report = {"active_memory_bytes": 750 + extra, "model_bytes": 400, "held_bytes": 300}
+    report["basis_bytes"] = 50
     return Idle(report, rss)
 
 

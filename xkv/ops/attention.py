@@ -27,6 +27,8 @@ def rope_rows(
 
 def wide_basis(backend: Operations, basis: Array, dtype: Any) -> Array:
     """A basis ``[B, r, n_kv_heads, dim]`` in a dtype; a copy is laid out as products take it."""
+    if basis.dtype == dtype:
+        return basis
     xp, order = backend.xp, (0, 2, 1, 3)
     return xp.permute_dims(xp.astype(xp.permute_dims(basis, order), dtype), order)
 

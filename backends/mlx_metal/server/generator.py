@@ -277,4 +277,7 @@ class Generator(mlx_server.ResponseGenerator):  # type: ignore[name-defined]
         weights: list[Any] = [tree_flatten(model.parameters()) for model in models if model]
         model_bytes = sum(x.nbytes for parameters in weights for _, x in parameters)
         drafts = {} if models[1] is None else {"drafts": provider.drafts.report()}
-        return {**self.prompt_cache.report(), **drafts, "model_bytes": model_bytes}
+        found = [x.basis for x in map(enabled_state, filter(None, models)) if x is not None]
+        basis_bytes = sum(basis.nbytes for basis in found if basis is not None)
+        beside = {"model_bytes": model_bytes, "basis_bytes": basis_bytes}
+        return {**self.prompt_cache.report(), **drafts, **beside}

@@ -21,6 +21,7 @@ _LABELS = {
     ("memory", "reserved_bytes"): "Reserved for what is being answered",
     ("memory", "limit_bytes"): "Cap of both, --prompt-cache-bytes",
     ("memory", "model_bytes"): "Weights",
+    ("memory", "basis_bytes"): "The model's basis, for all prompts",
     ("memory", "active_memory_bytes"): "In use by MLX",
     ("memory", "peak_memory_bytes"): "In use by MLX at most",
     ("memory", "memory_limit_bytes"): "Memory for MLX",
