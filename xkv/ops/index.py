@@ -53,12 +53,10 @@ def index_columns(
     if not latent.is_packed:
         return [xp.astype(filled(latent.arrays[0][..., :BAND]), dtype)]
     # codes are filled up, as they are smaller than what they stand for
-    first = latent.bands(0, 1)
-    words, *_ = first.arrays
-    _, scales, biases = latent.astype(backend, dtype).arrays
-    scales, biases = filled(scales), filled(biases)
-    parts = [Latent((filled(words), scales[..., :1], biases[..., :1]), first.bits)]
-    columns = [part.unpack(backend, dtype) for part in parts]
+    words = filled(latent.bands(0, 1).arrays[0])
+    scales, biases = map(filled, latent.astype(backend, dtype).arrays[1:])
+    first = Latent((words, scales[..., :1], biases[..., :1]), latent.bits[:1])
+    columns = [first.unpack(backend, dtype)]
     if len(latent.bits) > 1:
         middles = backend.constant([(2**bits - 1) / 2 for bits in latent.bits[1:]], dtype)
         columns.append((scales[..., 1:] * middles + biases[..., 1:]) * BAND**0.5)
