@@ -7,7 +7,9 @@ import pytest
 
 from xkv import XKVConfig
 from xkv.checks.set_plots import repeated
-from xkv.evaluation.methods.lowrank import compressed_cache
+from xkv.checks.tolerances import relative_error
+from xkv.evaluation.methods import parse_method
+from xkv.evaluation.methods.lowrank import IndexedPrefix, compressed_cache
 from xkv.evaluation.prefix import Prefix
 from xkv.evaluation.working_set import watch
 from xkv.planning.language_model import load_language_model
@@ -80,6 +82,20 @@ def test_planted_scores_are_told_as_they_are(model, document, monkeypatch):
         for head in layer["heads"]:
             assert all(x == list(range(rows.start, rows.start + n_rebuilt)) for x in head)
             assert repeated(head) == [1] * (len(head) - 1)
+
+
+@pytest.mark.parametrize(("n_tokens", "have_own"), [(5, True), (9, False)])
+def test_a_short_question_sees_what_it_would_token_by_token(model, document, n_tokens, have_own):
+    """In the evaluation's form, which answers many questions at once, as in the product's."""
+    small = "xkv:rank_k=40,rank_v=56,window=24,budget=60,kept_share=0"
+    tokens = model.question_tokens("What did Linda do, and where did she go?", "")[:n_tokens]
+    together, alone = (parse_method(small).compress(document, None).layers(False) for _ in range(2))
+    assert any(isinstance(layer, IndexedPrefix) for layer in together)
+    got = model.backend.to_numpy(model.forward([tokens], together, last_only=True))
+    for token in tokens:
+        want = model.backend.to_numpy(model.forward([[token]], alone, last_only=True))
+    error = relative_error(got, want)
+    assert error < 4e-6 if have_own else error > 1e-2
 
 
 def test_rows_that_repeat_are_counted():
