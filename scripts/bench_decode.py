@@ -129,17 +129,20 @@ def counted_rows(shape: StepShape) -> list[dict[str, Any]]:
 
 def print_host_times() -> list[dict[str, Any]]:
     """How long Python and MLX take to make a layer's graph: printed, and as rows of a record."""
-    from xkv.backends.mlx_metal.cli.host_time import IS_METAL, N_TOKENS, host_times
+    from xkv.backends.mlx_metal.cli.host_time import IS_METAL, N_SEQUENCES, N_TOKENS, host_times
 
     times = host_times()
     print(
         f"\nhost, a layer of the bundled model at {N_TOKENS} tokens, kernels launched"
         + ("" if IS_METAL else " as one node each")
-        + f": full {times['full']:.3f} ms, working set {times['working set']:.3f} ms, "
-        f"{times['working set'] / times['full']:.2f} x"
     )
+    for n in N_SEQUENCES:
+        full, ours = times[n, "full"], times[n, "working set"]
+        whose = "one conversation" if n == 1 else f"{n} in a batch"
+        print(f"  {whose}: full {full:.3f} ms, working set {ours:.3f} ms, {ours / full:.2f} x")
     return [
-        {"what": "host", "tokens": N_TOKENS, "form": form, "ms": ms} for form, ms in times.items()
+        {"what": "host", "tokens": N_TOKENS, "sequences": n, "form": form, "ms": ms}
+        for (n, form), ms in times.items()
     ]
 
 

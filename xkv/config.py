@@ -37,7 +37,7 @@ def buffer_rows(n_rows: int) -> int:
 
 ATTENDED = 352
 """Stored rows that a step attends to for each KV head, at least, where no budget is given."""
-MIN_REBUILT, MAX_REBUILT = 128, 256
+MIN_REBUILT, MAX_REBUILT, REBUILT_STEP = 128, 256, 32
 """How many of them it rebuilds, at least and at most; the others are recent ones.
 
 What more of them are worth, and cost: docs/measured.md.
@@ -219,7 +219,9 @@ class XKVConfig:
         """
         if self.budget is None:
             least = MIN_REBUILT if n_queries <= OWN_QUERIES else MAX_REBUILT
-            n_rebuilt = min(max(ATTENDED - n_recent, least), MAX_REBUILT)
+            # in steps, so that sequences of other lengths rebuild as many
+            near = round((ATTENDED - n_recent) / REBUILT_STEP) * REBUILT_STEP
+            n_rebuilt = min(max(near, least), MAX_REBUILT)
         else:
             n_rebuilt = max(self.budget - n_recent, 1)
         is_all = self.attention == "exact" or n_rows <= n_recent + n_rebuilt

@@ -23,8 +23,7 @@ from xkv.backends.mlx_metal.rotation import rotation_at
 from xkv.ops.backend import MAX_TABLES, Backend
 from xkv.ops.index import RUN
 from xkv.ops.kernels import KernelDispatch, KernelMode
-from xkv.ops.latent import Latent
-from xkv.ops.scores import Dense
+from xkv.ops.sequences import AnyDense, AnyLatent
 from xkv.ops.types import Array, RopeSpec, Stored
 
 
@@ -186,7 +185,7 @@ class MLXBackend(Backend):
         )
 
     def weigh_rows(
-        self, latent: Latent, rows: Array, scores: Array, totals: Array, beside: Array
+        self, latent: AnyLatent, rows: Array, scores: Array, totals: Array, beside: Array
     ) -> tuple[Array, Array]:
         return self.kernels.run(
             "weigh_rows",
@@ -196,7 +195,7 @@ class MLXBackend(Backend):
         )
 
     def attend_dense(
-        self, queries: Array, dense: Dense, sinks: Array | None
+        self, queries: Array, dense: AnyDense, sinks: Array | None
     ) -> tuple[Array, Array]:
         return self.kernels.run(
             "attend_dense", attend_dense.KERNEL, super().attend_dense, queries, dense, sinks
@@ -208,7 +207,7 @@ class MLXBackend(Backend):
         )
 
     def index_scores(
-        self, absorbed: Array, latent: Latent, offsets: Array, n_kv_heads: int
+        self, absorbed: Array, latent: AnyLatent, offsets: Array, n_kv_heads: int
     ) -> Array:
         return self.kernels.run(
             "index_scores",

@@ -27,5 +27,12 @@ def test_all_kernels_are_launched_and_nothing_stays_replaced(monkeypatch):
     times = host_time.host_times(n_tokens=1200)
     # their names go on with what a variant reads
     assert {name for name in KERNELS if any(x.startswith(name) for x in launched)} == KERNELS
-    assert set(times) == {"full", "working set"} and min(times.values()) > 0
+    forms = [(n, form) for form in ("full", "working set") for n in (1, 4)]
+    assert list(times) == forms and min(times.values()) > 0
+    # four conversations share each launch
+    of_several = {"index_scores_packed", "key_scores_packed", "weigh_rows_packed"}
+    assert {x for x in launched if "_each" in x} == {
+        "attend_dense_each_recent",
+        *(f"{name}_each" for name in of_several),
+    }
     assert mx.fast.metal_kernel is original

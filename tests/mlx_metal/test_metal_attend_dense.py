@@ -145,7 +145,7 @@ REFUSED = {
     "no-rows": ({"D": 0}, "as many dense rows as queries or more, not 0"),
     "recent-in-16-bits": ({"recent": mx.int16}, "recent rows in int8, not int16"),
     "few-recent": ({"recent": mx.int8, "K": 3}, "arrays of 8 elements or more, not 6"),
-    "unused-rows": ({"n_used": mx.array([3])}, "dense rows that are all in use"),
+    "unused-rows": ({"n_used": mx.array([3])}, "dense rows whose number the host knows"),
 }
 
 

@@ -18,8 +18,9 @@ from xkv.ops.backend import Backend
 
 pytest_plugins = ["tests.metal_device"]
 
-BEGIN, SINKS, RECENT, ROWS, HEADER = (
-    (attend_dense, name) for name in ("BEGIN", "SINKS", "RECENT", "ROWS", "HEADER")
+BATCH, BATCH_RECENT, ASK, SINKS, RECENT, ROWS, HEADER = (
+    (attend_dense, name)
+    for name in ("BATCH", "BATCH_RECENT", "ASK", "SINKS", "RECENT", "ROWS", "HEADER")
 )
 SEEN, SHRUNK = "n_rows - n_queries + query + 1", "fast::exp(mine.largest - most)"
 # Name: a case, the source, the text of it that is replaced, by what.
@@ -28,21 +29,21 @@ FAULTS = {
     "row-past-the-last": (CASE, ROWS, "row < n_seen", "row <= n_seen"),
     "first-row-not-seen": (CASE, ROWS, "row = sg;", "row = max(sg, 1);"),
     "rows-twice": (CASE, ROWS, "row += SIMDGROUPS", "row += SIMDGROUPS / 2"),
-    "queries-see-all-rows": (CASE, BEGIN, SEEN, "n_rows"),
-    "queries-see-the-first's-rows": (CASE, BEGIN, SEEN, "n_rows - n_queries + 1"),
-    "keys-of-another-head": (CASE, BEGIN, "kv_head * keys", "(1 - kv_head) * keys"),
-    "values-of-another-head": (CASE, BEGIN, "kv_head * values", "(1 - kv_head) * values"),
-    "keys-as-if-copied": (CASE, BEGIN, "kv_head * keys_strides[1]", "kv_head * n_rows * N"),
-    "values-as-if-copied": (CASE, BEGIN, "kv_head * values_strides[1]", "kv_head * n_rows * N"),
-    "keys-of-another-batch": (CASE, BEGIN, "keys + batch", "keys + 0"),
-    "values-of-another-batch": (CASE, BEGIN, "values + batch", "values + 0"),
-    "queries-of-another-batch": (CASE, BEGIN, "queries + batch", "queries + 0"),
-    "queries-of-another-head": (CASE, BEGIN, "+ head * q", "+ (head ^ 1) * q"),
-    "first-query-again": (CASE, BEGIN, "query * queries_strides[2]", "0"),
-    "heads-of-another-group": (CASE, BEGIN, "head / (n_heads / keys_", "head % (keys_"),
-    "next-values": (CASE, ROWS, "value + row * values", "value + (row + 1) % n_rows * values"),
+    "queries-see-all-rows": (CASE, ASK, SEEN, "n_rows"),
+    "queries-see-the-first's-rows": (CASE, ASK, SEEN, "n_rows - n_queries + 1"),
+    "keys-of-another-head": (CASE, BATCH, "kv_head * keys", "(1 - kv_head) * keys"),
+    "values-of-another-head": (CASE, BATCH, "kv_head * values", "(1 - kv_head) * values"),
+    "keys-as-if-copied": (CASE, BATCH, "kv_head * keys_strides[1]", "kv_head * n_rows * N"),
+    "values-as-if-copied": (CASE, BATCH, "kv_head * values_strides[1]", "kv_head * n_rows * N"),
+    "keys-of-another-batch": (CASE, BATCH, "keys + batch", "keys + 0"),
+    "values-of-another-batch": (CASE, BATCH, "values + batch", "values + 0"),
+    "queries-of-another-batch": (CASE, BATCH, "queries + batch", "queries + 0"),
+    "queries-of-another-head": (CASE, BATCH, "+ head * q", "+ (head ^ 1) * q"),
+    "first-query-again": (CASE, BATCH, "query * queries_strides[2]", "0"),
+    "heads-of-another-group": (CASE, BATCH, "head / (n_heads / keys_", "head % (keys_"),
+    "next-values": (CASE, ROWS, "value + row *", "value + (row + 1) % n_rows *"),
     "first-feature-again": (CASE, HEADER, "fma(x[i], y[i], sum)", "fma(x[i], y[0], sum)"),
-    "features-of-another-lane": (CASE, BEGIN, "feature * values_strides[3]", "(feature ^ 2)"),
+    "features-of-another-lane": (CASE, ROWS, "feature * value_next", "(feature ^ 2)"),
     "a-lane's-score": (CASE, HEADER, "return simd_sum(sum);", "return sum;"),
     "total-not-shrunk": (CASE, HEADER, "fma(total, shrink,", "fma(total, 1.0f,"),
     "sums-not-shrunk": (CASE, HEADER, "fma(sums[i], shrink,", "fma(sums[i], 1.0f,"),
@@ -63,18 +64,18 @@ FAULTS = {
     "sink-not-in-the-sum": (CASE, SINKS, "mine.total = 1.0f", "mine.total = 0.0f"),
     "sink-of-the-first-head": (CASE, SINKS, "head * sinks", "0 * sinks"),
     "sink-of-each-simdgroup": (CASE, SINKS, "sg == 0", "sg >= 0"),
-    "last-recent-not-seen": (CASE, RECENT, "row < numbers_shape[2]", "row < numbers_shape[2] - 1"),
-    "recent-past-the-last": (CASE, RECENT, "row < numbers_shape[2]", "row <= numbers_shape[2]"),
+    "last-recent-not-seen": (CASE, RECENT, "row < n_recent", "row < n_recent - 1"),
+    "recent-past-the-last": (CASE, RECENT, "row < n_recent", "row <= n_recent"),
     "first-recent-not-seen": (CASE, RECENT, "row = sg;", "row = max(sg, 1);"),
-    "recent-of-another-head": (CASE, RECENT, "kv_head * numbers", "(1 - kv_head) * numbers"),
-    "recent-of-another-batch": (CASE, RECENT, "numbers + batch", "numbers + 0"),
-    "factors-of-another-head": (CASE, RECENT, "kv_head * scales", "(1 - kv_head) * scales"),
-    "factors-of-another-batch": (CASE, RECENT, "scales + batch", "scales + 0"),
-    "recent-as-if-copied": (CASE, RECENT, "* numbers_strides[1]", "* numbers_shape[2] * 2 * N"),
+    "recent-of-another-head": (CASE, BATCH_RECENT, "kv_head * numbers", "(1 - kv_head) * numbers"),
+    "recent-of-another-batch": (CASE, BATCH_RECENT, "numbers + batch", "numbers + 0"),
+    "factors-of-another-head": (CASE, BATCH_RECENT, "kv_head * scales", "(1 - kv_head) * scales"),
+    "factors-of-another-batch": (CASE, BATCH_RECENT, "scales + batch", "scales + 0"),
+    "recent-as-if-copied": (CASE, BATCH_RECENT, "* numbers_strides[1]", "* n_recent * 2 * N"),
     "factors-of-the-next-row": (CASE, RECENT, "factors + row", "factors + (row ^ 1)"),
     "factor-of-the-value": (CASE, RECENT, "* factor[0]", "* factor[1]"),
-    "factor-of-the-key": (CASE, RECENT, "factor[scales_strides[3]]", "factor[0]"),
-    "keys-as-values": (CASE, RECENT, "+ N * next", "+ 0"),
+    "factor-of-the-key": (CASE, RECENT, "factor[factors_next]", "factor[0]"),
+    "keys-as-values": (CASE, RECENT, "+ N * recent_next", "+ 0"),
     "recent-without-factors": (CASE, HEADER, "weight * factor * x[i]", "weight * x[i]"),
     "neighbours-where-there-are-none": (CASE, HEADER, "i * stride", "i"),
 }

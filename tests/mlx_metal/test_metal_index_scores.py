@@ -166,7 +166,7 @@ READ_PLAIN, READ_PACKED = (common, "_READ_PLAIN"), (common, "_READ_PACKED")
 # Name: a case, the source, the text of it that is replaced, by what.
 FAULTS = {
     "last-row-not-scored": (PLAIN, SOURCE, "row < n_rows ? row", "row < n_rows - 1 ? row"),
-    "last-row-unwritten": (PLAIN, SOURCE, "row >= n_rows ||", "row >= n_rows - 1 ||"),
+    "last-row-unwritten": (PLAIN, SOURCE, "row >= n_longest ||", "row >= n_longest - 1 ||"),
     "next-block": (PLAIN, SOURCE, "first / BLOCK;", "(first / BLOCK + 1) % n_blocks;"),
     "block-of-the-next-tile": (PLAIN, SOURCE, "first / BLOCK;", "min(1, (first + ROWS) / BLOCK);"),
     "queries-of-another-batch": (PLAIN, SOURCE, "batch * n_blocks + block", "block"),

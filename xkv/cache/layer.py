@@ -5,6 +5,7 @@ Where keys are un-rotated: :meth:`LayerView.plain_rows`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,9 @@ from xkv.ops.attention import (
     wide_basis,
 )
 from xkv.ops.backend import Backend
+from xkv.ops.latent import Latent
 from xkv.ops.scores import Dense, is_past
+from xkv.ops.sequences import MOST_TOGETHER, Latents
 from xkv.ops.types import Array, Segment, Stored
 from xkv.ops.working_set import attend_set
 from xkv.store.store import Store
@@ -56,20 +59,26 @@ class LayerView:
         """
         if self.keys is None or self.values is None:
             raise InputError("values that stay dense have no segment")
-        end = self.rows.n_segment - n_recent
+        keys, values = self._latents(n_recent)
         return Segment(
-            self._stored("keys", self.keys, 0, end, dtype),
-            self._stored("values", self.values, 0, end, dtype),
+            self._stored("keys", self.keys, keys, 0, dtype),
+            self._stored("values", self.values, values, 0, dtype),
         )
 
-    def _stored(self, name: str, store: Store, start: int, end: int, dtype: Any) -> Stored:
-        """Rows ``start`` to ``end`` of the segment."""
+    def _latents(self, n_recent: int) -> tuple[Latent, Latent]:
+        """The segment's of keys and values, without the last rows."""
+        assert self.keys is not None and self.values is not None
+        end = self.rows.n_segment - n_recent
+        return self.keys.latent.rows(0, end), self.values.latent.rows(0, end)
+
+    def _stored(self, name: str, store: Store, latent: Latent, start: int, dtype: Any) -> Stored:
+        """Rows of the segment, from number ``start`` on."""
         basis = store.basis.layers[self.index].unpack(self.backend)
         basis = wide_basis(self.backend, basis, dtype)
-        latent, position = store.latent.rows(start, end), self.rows.start + start
         if name == "values":
             return Stored(latent, basis)
-        runs = self.rows.runs_between(position, position + end - start)
+        position = self.rows.start + start
+        runs = self.rows.runs_between(position, position + latent.shape[1])
         index_rows = None
         if store.basis.index_rows:
             index_rows = self.backend.xp.astype(store.basis.index_rows[self.index], dtype)
@@ -91,7 +100,8 @@ class LayerView:
     def _rebuild(self, name: str, store: Store, start: int, end: int) -> Array:
         """Rows ``start`` to ``end`` of the segment, ``[B, n_kv_heads, L, dim]``, keys rotated."""
         dtype = getattr(self.rows, name).rows.dtype
-        stored = self._stored(name, store, start, end, self.backend.step_dtype(dtype))
+        latent = store.latent.rows(start, end)
+        stored = self._stored(name, store, latent, start, self.backend.step_dtype(dtype))
         return self.backend.xp.astype(rebuild_all(self.backend, stored), dtype)
 
     def plain_rows(self, name: str, start: int, end: int) -> Array:
@@ -146,10 +156,8 @@ class LayerView:
             if mask is None and n_queries > 1:
                 mask = is_past(backend, layer.offset, n_queries)
             return backend.attention(queries, keys, values, scale, mask)
-        n_rebuilt = None
-        if mask is None and not is_long:
-            n_rebuilt = config.rebuilt_at(layer.n_segment, layer.n_recent, n_queries)
         wide = xp.astype(queries, backend.step_dtype(queries.dtype))
+        n_rebuilt = self.n_rebuilt(config, n_queries) if mask is None and not is_long else None
         if n_rebuilt is not None:
             segment, dense = self.segment(wide.dtype, layer.n_recent), self._at_hand(n_new)
             dense = dense._replace(recent=layer.recent)
@@ -165,12 +173,17 @@ class LayerView:
         output = attend_all(backend, wide, segment, dense, scale, mask, sinks)
         return xp.astype(output, queries.dtype)
 
+    def n_rebuilt(self, config: XKVConfig, n_queries: int) -> int | None:
+        """:meth:`XKVConfig.rebuilt_at` for a compressed layer."""
+        return config.rebuilt_at(self.rows.n_segment, self.rows.n_recent, n_queries)
+
     def attend_latent(self, queries: Array, scale: float, bias: Array) -> Array:
         """:func:`xkv.ops.attention.attend_latent` over the keys of a compressed layer."""
         backend, layer, xp = self.backend, self.rows, self.backend.xp
         assert self.keys is not None
         wide = xp.astype(queries, backend.step_dtype(queries.dtype))
-        stored = self._stored("keys", self.keys, 0, layer.n_segment, wide.dtype)
+        latent = self.keys.latent.rows(0, layer.n_segment)
+        stored = self._stored("keys", self.keys, latent, 0, wide.dtype)
         rows = layer.keys.rows
         beside = rows[..., : layer.start, :], rows[..., layer.start :, :]
         output = attend_latent(backend, wide, stored, beside, scale, bias)
@@ -200,3 +213,61 @@ class LayerView:
             kept = layer.values.n_rows - from_segment
             layer = layer._replace(values=layer.values.first(kept))
         return layer._replace(rope_runs=layer.runs_between(0, layer.offset))
+
+
+def alike(views: Sequence[LayerView], config: XKVConfig) -> list[list[int]]:
+    """Numbers of sequences that one call of :func:`attend_together` takes; others are alone.
+
+    Args:
+        views: The same layer of each sequence, whose newest token is to attend.
+        config: As in :meth:`LayerView.attend`.
+    """
+    groups: list[tuple[Any, list[int]]] = []
+    for number, view in enumerate(views):
+        rows, keys, values = view.rows, view.keys, view.values
+        n_rebuilt = view.n_rebuilt(config, 1) if rows.is_compressed else None
+        if n_rebuilt is None or keys is None or values is None or len(rows.rope_runs) != 1:
+            groups.append((None, [number]))
+            continue
+        # bases by where they are: the model's is one for all, a prompt's is its own
+        found = (id(keys.basis), id(values.basis), rows.start, rows.recent is None, n_rebuilt)
+        key = (*found, rows.batch, rows.rope_runs[0].spec)
+        group = next((x for known, x in groups if known == key and len(x) < MOST_TOGETHER), None)
+        if group is None:
+            groups.append((key, [number]))
+        else:
+            group.append(number)
+    return [numbers for _, numbers in groups]
+
+
+def attend_together(
+    views: Sequence[LayerView],
+    queries: Array,
+    scale: float,
+    config: XKVConfig,
+    sinks: Array | None = None,
+) -> Array:
+    """:meth:`LayerView.attend` of one token each of several sequences that are :func:`alike`.
+
+    Args:
+        views: One sequence's each.
+        queries: ``[B, n_heads, 1, head_dim]``, a sequence's each.
+    """
+    first = views[0]
+    backend = first.backend
+    wide = backend.xp.astype(queries, backend.step_dtype(queries.dtype))
+    longest = max(views, key=lambda view: view.rows.n_segment - view.rows.n_recent)
+    segment = longest.segment(wide.dtype, longest.rows.n_recent)
+    keys, values = zip(*(view._latents(view.rows.n_recent) for view in views), strict=True)
+    segment = Segment(
+        segment.keys._replace(latent=Latents(keys)), segment.values._replace(latent=Latents(values))
+    )
+    # whole buffers: a kernel has too few arguments for where the rows of so many views are
+    dense = [
+        Dense(x.keys.allocated, x.values.allocated, x.keys.n_rows, x.recent)
+        for x in (view.rows for view in views)
+    ]
+    n_rebuilt = first.n_rebuilt(config, 1)
+    assert n_rebuilt is not None
+    output = attend_set(backend, wide, segment, dense, scale, n_rebuilt, sinks)
+    return backend.xp.astype(output, queries.dtype)

@@ -7,6 +7,7 @@ from typing import Any
 from xkv.ops.latent import Latent
 from xkv.ops.protocol import Operations
 from xkv.ops.scores import Dense, grouped_scores, masked, sink_scores, without_unused
+from xkv.ops.sequences import AnyLatent
 from xkv.ops.types import Array, RopeRun, Segment, Stored
 
 RAISED = 128.0
@@ -46,21 +47,18 @@ def rebuild_all(backend: Operations, stored: Stored) -> Array:
     return rope_rows(backend, rows, stored.start, stored.rope_runs)
 
 
-def take_rows(backend: Operations, latent: Latent, rows: Array) -> Latent:
+def take_rows(backend: Operations, latent: AnyLatent, rows: Array) -> Latent:
     """Rows of a latent for each KV head: ``[B, L, r]`` -> ``[B, n_kv_heads, n, r]``, packed."""
-    xp, (batch, n_rows) = backend.xp, latent.shape[:2]
+    xp = backend.xp
 
-    def take(x: Array) -> Array:
-        # of each sequence by itself: a latent of several without its last rows is not one matrix
-        taken = [
-            xp.take(
-                xp.reshape(x[i : i + 1], (n_rows, -1)), xp.reshape(rows[i : i + 1], (-1,)), axis=0
-            )
-            for i in range(batch)
-        ]
-        return xp.reshape(taken[0] if batch == 1 else xp.concat(taken), (*rows.shape, -1))
+    def take(number: int, own: Latent) -> tuple[Array, ...]:
+        numbers = xp.reshape(rows[number : number + 1], (-1,))
+        return own.map(lambda x: xp.take(xp.reshape(x, x.shape[1:]), numbers, axis=0)).arrays
 
-    return latent.map(take)
+    # of each sequence by itself: a latent of several without its last rows is not one matrix
+    taken = [take(*x) for x in enumerate(latent.sequences)]
+    arrays = (x[0] if len(x) == 1 else xp.concat(list(x)) for x in zip(*taken, strict=True))
+    return Latent(tuple(xp.reshape(x, (*rows.shape, -1)) for x in arrays), latent.bits)
 
 
 def rebuild_rows(backend: Operations, stored: Stored, rows: Array) -> Array:

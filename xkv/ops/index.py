@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from xkv.config import BAND
 from xkv.ops.latent import Latent
 from xkv.ops.protocol import Operations
+from xkv.ops.sequences import AnyLatent, Latents, are_there, side_by_side
 from xkv.ops.types import Array, RopeSpec, Stored
 
 BLOCKS = 64
@@ -25,13 +27,13 @@ Measured on SmolLM2, 7,680 tokens of prose, 64 + 0 columns, KL at 512 and 1,024 
 """
 
 
-def n_columns(latent: Latent) -> int:
+def n_columns(latent: AnyLatent) -> int:
     """Columns of :func:`index_columns`."""
     return min(BAND, latent.rank) + max(len(latent.bits) - 1, 0)
 
 
 def index_columns(
-    backend: Operations, latent: Latent, dtype: Any, n_missing: int = 0
+    backend: Operations, latent: AnyLatent, dtype: Any, n_missing: int = 0
 ) -> list[Array]:
     """What of each row is scored: ``[B, L, n]`` in a dtype, in one or two parts.
 
@@ -40,21 +42,18 @@ def index_columns(
     so that no words of these bands are read.
 
     Args:
-        n_missing: Rows of zeros that follow them.
+        n_missing: Rows of zeros that follow them; also where a sequence has fewer than another.
     """
-    xp = backend.xp
+    xp, n_rows = backend.xp, latent.shape[1] + n_missing
 
-    def filled(x: Array) -> Array:
-        if not n_missing:
-            return x
-        zeros = xp.zeros((x.shape[0], n_missing, x.shape[2]), dtype=x.dtype, **backend.placement)
-        return xp.concat([x, zeros], axis=1)
+    def filled(arrays: Sequence[Array]) -> Array:
+        return side_by_side(backend, arrays, n_rows)
 
     if not latent.is_packed:
-        return [xp.astype(filled(latent.arrays[0][..., :BAND]), dtype)]
+        return [xp.astype(filled([x.arrays[0][..., :BAND] for x in latent.parts]), dtype)]
     # codes are filled up, as they are smaller than what they stand for
-    words = filled(latent.bands(0, 1).arrays[0])
-    scales, biases = map(filled, latent.astype(backend, dtype).arrays[1:])
+    words = filled([x.bands(0, 1).arrays[0] for x in latent.parts])
+    scales, biases = (xp.astype(filled([x.arrays[i] for x in latent.parts]), dtype) for i in (1, 2))
     first = Latent((words, scales[..., :1], biases[..., :1]), latent.bits[:1])
     columns = [first.unpack(backend, dtype)]
     if len(latent.bits) > 1:
@@ -170,7 +169,7 @@ def block_numbers(spec: RopeSpec, start: int, n_blocks: int, has_rest: bool) -> 
 
 
 def index_scores(
-    backend: Operations, absorbed: Array, latent: Latent, offsets: Array, n_kv_heads: int
+    backend: Operations, absorbed: Array, latent: AnyLatent, offsets: Array, n_kv_heads: int
 ) -> Array:
     """How much a KV head's queries want each row.
 
@@ -180,7 +179,8 @@ def index_scores(
         offsets: ``[B, n_heads * Lq]``: taken off each query's scores, in float32 or wider.
 
     Returns:
-        ``[B, n_kv_heads, L]`` in float32 or wider: the largest over the KV head's queries.
+        ``[B, n_kv_heads, L]`` in float32 or wider: the largest over the KV head's queries; minus
+        infinity where a sequence has no row.
     """
     xp = backend.xp
     batch, n_rows = latent.shape[:2]
@@ -203,4 +203,7 @@ def index_scores(
         scores = xp.reshape(scores - offsets[:, None], (*scores.shape[:2], n_kv_heads, -1))
         found.append(xp.max(scores, axis=-1))
     together = found[0] if len(found) == 1 else xp.concat(found, axis=1)
-    return xp.permute_dims(together, (0, 2, 1))
+    worth = xp.permute_dims(together, (0, 2, 1))
+    if isinstance(latent, Latents) and len(set(latent.lengths)) > 1:
+        worth = xp.where(are_there(backend, latent.lengths)[:, None], worth, -xp.inf)
+    return worth

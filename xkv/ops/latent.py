@@ -53,6 +53,19 @@ class Latent:
         return self
 
     @property
+    def parts(self) -> Sequence[Latent]:
+        """What is one array: all of it."""
+        return [self]
+
+    @property
+    def sequences(self) -> Sequence[Latent]:
+        """Each sequence by itself, ``[1, L, r]``."""
+        n = self.shape[0]
+        if n == 1:
+            return [self]
+        return [Latent(tuple(x[i : i + 1] for x in self.arrays), self.bits) for i in range(n)]
+
+    @property
     def is_packed(self) -> bool:
         return bool(self.bits)
 

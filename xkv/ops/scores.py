@@ -17,10 +17,15 @@ class Dense(NamedTuple):
     """``[B, n_kv_heads, D, head_dim]``, rotated."""
     values: Array
     """``[B, n_kv_heads, D, value_dim]``"""
-    n_used: Array | None = None
-    """How many of them are in use, an integer ``[1]`` on the device; None for all."""
+    n_used: Array | int | None = None
+    """How many of them are in use, a number or an integer ``[1]`` on the device; None for all."""
     recent: Recent | None = None
     """Others in 8 bits, which come before them."""
+
+    @property
+    def n_rows(self) -> int:
+        """Those in use, as far as the host knows."""
+        return self.n_used if isinstance(self.n_used, int) else self.keys.shape[-2]
 
 
 def grouped_scores(backend: Operations, queries: Array, key_parts: Sequence[Array]) -> Array:

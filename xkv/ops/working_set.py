@@ -5,9 +5,9 @@ from __future__ import annotations
 from xkv.config import OWN_QUERIES
 from xkv.ops.attention import raised_weights, rebuild_rows, take_rows
 from xkv.ops.index import absorbed_queries
-from xkv.ops.latent import Latent
 from xkv.ops.protocol import Operations
 from xkv.ops.scores import Dense, grouped_scores, is_past, masked, sink_scores, without_unused
+from xkv.ops.sequences import AnyDense, AnyLatent, dense_together
 from xkv.ops.types import Array, Segment, Stored
 
 
@@ -15,7 +15,7 @@ def attend_set(
     backend: Operations,
     queries: Array,
     segment: Segment,
-    dense: Dense,
+    dense: AnyDense,
     scale: float,
     n_rebuilt: int,
     sinks: Array | None = None,
@@ -28,8 +28,9 @@ def attend_set(
         queries: ``[B, n_heads, Lq, head_dim]``, rotated, few. Up to ``OWN_QUERIES`` tokens attend
             each to the rows that it would alone, more of them to the same rows. The last Lq dense
             rows are theirs.
-        segment: The layer's compressed rows but for recent ones, no fewer than ``n_rebuilt``.
-        dense: Those at hand, recent ones among them.
+        segment: The layer's compressed rows but for recent ones, no fewer than ``n_rebuilt``; of
+            several sequences in :class:`xkv.ops.sequences.Latents`, each has its own.
+        dense: Those at hand, recent ones among them; each sequence's for a token of each.
         scale: Factor on the scores.
         n_rebuilt: Rows to rebuild for each KV head, and each token that has its own.
         sinks: ``[n_heads]``: scores of nothing, that take a part of each head's weights.
@@ -37,7 +38,7 @@ def attend_set(
     Returns:
         ``[B, n_heads, Lq, value_dim]``
     """
-    xp, n_kv_heads = backend.xp, dense.keys.shape[1]
+    xp, n_kv_heads = backend.xp, segment.keys.basis.shape[2]
     queries = queries * scale
     # how much a head gives to rows that need no rebuilding: by less than that, others do not matter
     beside, totals = backend.attend_dense(queries, dense, sinks)
@@ -89,20 +90,22 @@ def rows_worth(
 
 
 def attend_dense(
-    backend: Operations, queries: Array, dense: Dense, sinks: Array | None
+    backend: Operations, queries: Array, dense: AnyDense, sinks: Array | None
 ) -> tuple[Array, Array]:
     """Attention over rows at hand, and what a query gives to all of them together.
 
     Args:
         queries: ``[B, n_heads, Lq, head_dim]``, rotated and scaled; the last Lq rows are theirs.
-        dense: All are in use where there are several queries.
+        dense: All are in use where there are several queries; or each sequence's, for one query.
         sinks: As in :func:`attend_set`.
 
     Returns:
         ``[B, n_heads, Lq, value_dim]`` in the queries' dtype, and the logarithms of the sums of
         exponentials of their scores, sinks among them, ``[B, n_heads, Lq]`` in float32 or wider.
     """
-    xp, n_queries = backend.xp, queries.shape[2]
+    xp, n_queries, are_own = backend.xp, queries.shape[2], None
+    if not isinstance(dense, Dense):
+        dense, are_own = dense_together(backend, dense)
     parts, head_dim, n_recent = [dense.keys], dense.keys.shape[-1], 0
     if dense.recent is not None:
         parts.insert(0, dense.recent.keys(backend, head_dim, queries.dtype))
@@ -112,6 +115,8 @@ def attend_dense(
         mask = is_past(backend, scores.shape[-1], n_queries)
         scores = masked(backend, queries, scores, mask)
     scores = without_unused(backend, scores, dense)
+    if are_own is not None:
+        scores = masked(backend, queries, scores, are_own[:, None, None])
     totals = backend.logsumexp(scores)
     if sinks is not None:
         each = sink_scores(backend, sinks, scores.shape[:3], totals.dtype)
@@ -153,7 +158,7 @@ def key_scores(backend: Operations, stored: Stored, rows: Array, queries: Array)
 
 
 def weigh_rows(
-    backend: Operations, latent: Latent, rows: Array, scores: Array, totals: Array, beside: Array
+    backend: Operations, latent: AnyLatent, rows: Array, scores: Array, totals: Array, beside: Array
 ) -> tuple[Array, Array]:
     """Attention over some rows of a latent, beside other rows that were attended to before.
 

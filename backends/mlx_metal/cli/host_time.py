@@ -18,6 +18,7 @@ from xkv.config import XKVConfig
 from xkv.tiny import CHECKPOINT_DIR, make_document
 
 N_TOKENS, N_STEPS = 3000, 40
+N_SEQUENCES = 1, 4
 
 IS_METAL = mx.metal.is_available()
 
@@ -58,8 +59,12 @@ def launches_of_zeros() -> Iterator[None]:
         common.build.cache_clear()
 
 
-def host_times(n_tokens: int = N_TOKENS) -> dict[str, float]:
-    """Milliseconds a layer of the bundled model, by form: the full cache's and ours at 8x."""
+def host_times(n_tokens: int = N_TOKENS) -> dict[tuple[int, str], float]:
+    """Milliseconds a layer of the bundled model, of one conversation and of a batch of several.
+
+    Returns:
+        By how many there are, and by form: the full cache's, and ours at 8x.
+    """
     model, tokenizer, *_ = borrowed.module("mlx_lm").load(str(CHECKPOINT_DIR))
     tokens = mx.array(tokenizer.encode(make_document(1, 2 * n_tokens).text)[:n_tokens])
     backend, times = Launching(), {}
@@ -68,16 +73,18 @@ def host_times(n_tokens: int = N_TOKENS) -> dict[str, float]:
             if form != "full":
                 groups = (tuple(range(len(model.layers))),)
                 enable(model, XKVConfig(compression=8, groups=groups), backend=backend)
-            cache = borrowed.module("mlx_lm.models.cache").make_prompt_cache(model)
+            alone = borrowed.module("mlx_lm.models.cache").make_prompt_cache(model)
             generate = borrowed.module("mlx_lm.generate").generate_step
-            list(generate(tokens, model, max_tokens=2, prompt_cache=cache))
-            seconds = []
-            for _ in range(N_STEPS):
-                began = time.perf_counter()
-                logits = model(tokens[None, :1], cache=cache)
-                seconds.append(time.perf_counter() - began)
-                mx.eval(logits)
-            times[form] = 1e3 * statistics.median(seconds) / len(model.layers)
+            list(generate(tokens, model, max_tokens=2, prompt_cache=alone))
+            for n in N_SEQUENCES:
+                cache = alone if n == 1 else [layer.merge([layer] * n) for layer in alone]
+                seconds = []
+                for _ in range(N_STEPS):
+                    began = time.perf_counter()
+                    logits = model(mx.broadcast_to(tokens[None, :1], (n, 1)), cache=cache)
+                    seconds.append(time.perf_counter() - began)
+                    mx.eval(logits)
+                times[n, form] = 1e3 * statistics.median(seconds) / len(model.layers)
     assert backend.kernels.last_path["key_scores"] == "key_scores"
     disable(model)
     return times

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ from xkv.backends.mlx_metal.kernels import common
 from xkv.ops.backend import Backend
 from xkv.ops.recent import packed
 from xkv.ops.scores import Dense
+from xkv.ops.sequences import AnyDense
 from xkv.ops.types import Array
 
 HEAD_DIMS = (64, 128, 256)
@@ -68,55 +70,89 @@ BEGIN = """
   const int64_t batch = threadgroup_position_in_grid.z;
   const int thread_index = thread_index_in_threadgroup, lane = thread_index_in_simdgroup;
   const int sg = simdgroup_index_in_threadgroup;
-  const int n_heads = queries_shape[1], n_queries = queries_shape[2], n_rows = keys_shape[2];
-  const int n_seen = n_rows - n_queries + query + 1;
-  const int64_t kv_head = head / (n_heads / keys_shape[1]), feature = lane * EACH;
-  const device T* key = keys + batch * keys_strides[0] + kv_head * keys_strides[1] +
-                        feature * keys_strides[3];
-  const device T* value = values + batch * values_strides[0] + kv_head * values_strides[1] +
-                          feature * values_strides[3];
+  const int n_heads = queries_shape[1], n_queries = queries_shape[2];
+  const int64_t feature = lane * EACH;
+"""
 
+# Views of one batch's rows are read where they are.
+BATCH = """
+  const int n_rows = keys_shape[2];
+  const int64_t kv_head = head / (n_heads / keys_shape[1]);
+  const int64_t query_next = queries_strides[3];
+  const device T* asked = queries + batch * queries_strides[0] + head * queries_strides[1] +
+                          query * queries_strides[2];
+  const device T* key = keys + batch * keys_strides[0] + kv_head * keys_strides[1];
+  const device T* value = values + batch * values_strides[0] + kv_head * values_strides[1];
+  const int64_t key_row = keys_strides[2], key_next = keys_strides[3];
+  const int64_t value_row = values_strides[2], value_next = values_strides[3];
+"""
+BATCH_SINKS = """
+  const int64_t sinks_next = sinks_strides[0];
+"""
+BATCH_RECENT = """
+  const int n_recent = numbers_shape[2];
+  const device int8_t* recent = numbers + batch * numbers_strides[0] + kv_head * numbers_strides[1];
+  const int64_t recent_row = numbers_strides[2], recent_next = numbers_strides[3];
+  const device float* factors = scales + batch * scales_strides[0] + kv_head * scales_strides[1];
+  const int64_t factors_row = scales_strides[2], factors_next = scales_strides[3];
+"""
+
+# Of several sequences each one's buffers, of which not all rows are in use.
+EACH = f"""
+  const int n_rows = n_used[batch];
+  const int64_t kv_head = head / (n_heads / keys_0_shape[1]), query_next = 1;
+  const device T* asked = queries + (batch * n_heads + head) * N;
+  const int64_t first = kv_head * ({common.chosen("keys", "_shape[2]")}) * N;
+  const device T* key = ({common.chosen("keys")}) + first;
+  const device T* value = ({common.chosen("values")}) + first;
+  const int64_t key_row = N, key_next = 1, value_row = N, value_next = 1;
+"""
+EACH_SINKS = """
+  const int64_t sinks_next = 1;
+"""
+EACH_RECENT = f"""
+  const int n_recent = {common.chosen("numbers", "_shape[2]")};
+  const device int8_t* recent = ({common.chosen("numbers")}) + kv_head * n_recent * (2 * N);
+  const device float* factors = ({common.chosen("scales")}) + kv_head * n_recent * 2;
+  const int64_t recent_row = 2 * N, recent_next = 1, factors_row = 2, factors_next = 1;
+"""
+
+ASK = """
+  const int n_seen = n_rows - n_queries + query + 1;
   float q[EACH], x[EACH];
   weighted_rows<EACH> mine;
   mine.largest = no_score;
   mine.total = 0.0f;
 #pragma clang loop unroll(full)
   for (int i = 0; i < EACH; i++) mine.sums[i] = 0.0f;
-  load_features(
-      q,
-      queries + batch * queries_strides[0] + head * queries_strides[1] +
-          query * queries_strides[2] + feature * queries_strides[3],
-      queries_strides[3]);
+  load_features(q, asked + feature * query_next, query_next);
 """
 
 # A score whose row is nothing.
 SINKS = """
   if (sg == 0) {
-    mine.largest = float(sinks[head * sinks_strides[0]]);
+    mine.largest = float(sinks[head * sinks_next]);
     mine.total = 1.0f;
   }
 """
 
 # Whole numbers, and factors of a key and of a value.
 RECENT = """
-  const int64_t next = numbers_strides[3];
-  const device int8_t* recent = numbers + batch * numbers_strides[0] +
-                                kv_head * numbers_strides[1] + feature * next;
-  const device float* factors = scales + batch * scales_strides[0] + kv_head * scales_strides[1];
-  for (int row = sg; row < numbers_shape[2]; row += SIMDGROUPS) {
-    load_features(x, recent + row * numbers_strides[2], next);
-    const device float* factor = factors + row * scales_strides[2];
+  for (int row = sg; row < n_recent; row += SIMDGROUPS) {
+    const device int8_t* from = recent + row * recent_row + feature * recent_next;
+    const device float* factor = factors + row * factors_row;
+    load_features(x, from, recent_next);
     const float score = product(q, x) * factor[0];
-    load_features(x, recent + row * numbers_strides[2] + N * next, next);
-    mine.add(score, x, factor[scales_strides[3]]);
+    load_features(x, from + N * recent_next, recent_next);
+    mine.add(score, x, factor[factors_next]);
   }
 """
 
 ROWS = """
   for (int row = sg; row < n_seen; row += SIMDGROUPS) {
-    load_features(x, key + row * keys_strides[2], keys_strides[3]);
+    load_features(x, key + row * key_row + feature * key_next, key_next);
     const float score = product(q, x);
-    load_features(x, value + row * values_strides[2], values_strides[3]);
+    load_features(x, value + row * value_row + feature * value_next, value_next);
     mine.add(score, x, 1.0f);
   }
   if (lane == 0) {
@@ -150,7 +186,8 @@ class AttendDense:
     Limits: queries, keys and values of one dtype, float32, float16 or bfloat16; keys and values of
     one dim, 64, 128 or 256; all rows in use. Any strides: views of larger buffers are read where
     they are. Any number of dense and recent rows and of queries; sinks of any of the dtypes. Sums
-    are in float32.
+    are in float32. Of several sequences, one query each, whole buffers, whose strides follow from
+    their shapes, as there are no more than 31 arguments; views of them would be copied.
 
     A threadgroup of 32 simdgroups (16 at dim 256) for each query of each head, like the
     ``sdpa_vector`` of MLX: at 2,300 rows a simdgroup takes 72 of them.
@@ -163,15 +200,24 @@ class AttendDense:
     are 4 MB and 16 million operations. The plain twin also writes and reads back all scores and
     weights, in six operations or more.
 
-    The sources depend on dtype, dim, whether there are recent rows, and the dtype of sinks.
+    The sources depend on dtype, dim, whether there are recent rows and several sequences, and the
+    dtype of sinks.
     """
 
     name = "attend_dense"
 
-    def why_not(self, queries: Array, dense: Dense, sinks: Array | None) -> str | None:
+    def why_not(self, queries: Array, dense: AnyDense, sinks: Array | None) -> str | None:
         """A sentence that says why the kernel cannot take these arguments here, or None."""
-        if dense.n_used is not None:
-            return "the kernel takes dense rows that are all in use"
+        problems = [self._rows_problem(queries, x) for x in _parts(dense)]
+        if not isinstance(dense, Dense):
+            problems.append(common.together_problem(len(dense)))
+        if sinks is not None:
+            problems.append(common.dtype_problem(sinks=sinks))
+        return next(filter(None, problems), None)
+
+    def _rows_problem(self, queries: Array, dense: Dense) -> str | None:
+        if dense.n_used is not None and not isinstance(dense.n_used, int):
+            return "the kernel takes dense rows whose number the host knows"
         dim, value_dim = dense.keys.shape[-1], dense.values.shape[-1]
         if dim not in HEAD_DIMS:
             return f"the kernel takes head_dim {', '.join(map(str, HEAD_DIMS))}, not {dim}"
@@ -182,50 +228,69 @@ class AttendDense:
             return f"the kernel takes recent rows in int8, not {common.dtype_name(recent.numbers)}"
         if recent is not None and common.size_problem(*recent):
             return common.size_problem(*recent)
-        n_rows, n_queries = dense.keys.shape[2], queries.shape[2]
+        n_rows, n_queries = dense.n_rows, queries.shape[2]
         if n_rows < max(n_queries, 1):
             return f"the kernel takes as many dense rows as queries or more, not {n_rows}"
-        problem = common.dtype_problem(queries=queries, keys=dense.keys, values=dense.values)
-        return problem if sinks is None else problem or common.dtype_problem(sinks=sinks)
+        return common.dtype_problem(queries=queries, keys=dense.keys, values=dense.values)
 
     def sample(
-        self, backend: Backend, queries: Array, dense: Dense, sinks: Array | None
+        self, backend: Backend, queries: Array, dense: AnyDense, sinks: Array | None
     ) -> tuple[Any, ...]:
-        """Several of everything; views, and more rows than simdgroups."""
-        dim, dtype = dense.keys.shape[-1], queries.dtype
-        few = backend.normal((2, 4, 3, dim), 0) * (3 * dim**-0.5)
+        """Several of everything; unused rows, and more rows than simdgroups."""
+        first = _parts(dense)[0]
+        dim, dtype, are_several = first.keys.shape[-1], queries.dtype, dense is not first
+        few = backend.normal((2, 4, 1 if are_several else 3, dim), 0) * (3 * dim**-0.5)
         keys, values = (backend.normal((2, 2, 85, dim), seed).astype(dtype) for seed in (1, 2))
-        recent = dense.recent
+        recent = first.recent
         if recent is not None:
             recent = packed(backend, *(backend.normal((2, 2, 45, dim), x) for x in (3, 4)))
+        made: AnyDense = Dense(keys[..., :77, :], values[..., :77, :], None, recent)
+        if are_several:
+            made = [
+                Dense(keys[i:][:1], values[i:][:1], 77 - i, recent and recent.map(of_one))
+                for i, of_one in enumerate((lambda x: x[:1], lambda x: x[1:]))
+            ]
         return (
             few.astype(dtype),
-            Dense(keys[..., :77, :], values[..., :77, :], None, recent),
-            sinks if sinks is None else few[0, :, 0, 0].astype(sinks.dtype),
+            made,
+            None if sinks is None else few[0, :, 0, 0].astype(sinks.dtype),
         )
 
-    def check_key(self, queries: Array, dense: Dense, sinks: Array | None) -> tuple[Any, ...]:
+    def check_key(self, queries: Array, dense: AnyDense, sinks: Array | None) -> tuple[Any, ...]:
         """The dtype's name, and what else the source depends on."""
+        form = isinstance(dense, Dense), _parts(dense)[0].recent is not None
         of_sinks = None if sinks is None else common.dtype_name(sinks)
-        return common.dtype_name(queries), queries.shape[-1], of_sinks, dense.recent is not None
+        return common.dtype_name(queries), queries.shape[-1], of_sinks, *form
 
-    def __call__(self, queries: Array, dense: Dense, sinks: Array | None) -> tuple[Array, Array]:
+    def __call__(self, queries: Array, dense: AnyDense, sinks: Array | None) -> tuple[Array, Array]:
         batch, n_heads, n_queries, dim = queries.shape
-        named = {"queries": queries, "keys": dense.keys, "values": dense.values}
-        name, source = self.name, BEGIN
+        is_batch, parts = isinstance(dense, Dense), _parts(dense)
+        arrays = {"keys": [x.keys for x in parts], "values": [x.values for x in parts]}
+        begin, rest, name = [BEGIN, BATCH if is_batch else EACH], [ASK], self.name
+        others = {}
+        if not is_batch:
+            name, others["n_used"] = f"{name}_each", mx.array([x.n_rows for x in parts])
         if sinks is not None:
-            named["sinks"] = sinks
-            name, source = f"{name}_sinks", source + SINKS
-        if dense.recent is not None:
-            named |= {"numbers": dense.recent.numbers, "scales": dense.recent.scales}
-            name, source = f"{name}_recent", source + RECENT
+            name, others["sinks"] = f"{name}_sinks", sinks
+            begin.append(BATCH_SINKS if is_batch else EACH_SINKS)
+            rest.append(SINKS)
+        recents = [x.recent for x in parts if x.recent is not None]
+        if recents:
+            name = f"{name}_recent"
+            arrays |= {
+                "numbers": [x.numbers for x in recents],
+                "scales": [x.scales for x in recents],
+            }
+            begin.append(BATCH_RECENT if is_batch else EACH_RECENT)
+            rest.append(RECENT)
+        named = {"queries": queries} | common.named_each(arrays, not is_batch) | others
         kernel = common.build(
             name,
             tuple(named),
-            source + ROWS,
+            "".join([*begin, *rest, ROWS]),
             HEADER,
             outputs=("out", "totals"),
-            reads_strides=True,
+            reads_strides=is_batch,
         )
         n_simdgroups = min(MOST_SIMDGROUPS, MOST_PARTS // dim)
         n_threads = n_simdgroups * common.SIMDGROUP
@@ -239,6 +304,10 @@ class AttendDense:
             output_dtypes=[queries.dtype, mx.float32],
         )
         return output, totals
+
+
+def _parts(dense: AnyDense) -> Sequence[Dense]:
+    return [dense] if isinstance(dense, Dense) else dense
 
 
 KERNEL = AttendDense()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ import mlx.core as mx
 from xkv.config import BAND
 from xkv.ops.backend import Backend
 from xkv.ops.latent import WORD_BITS, Latent
+from xkv.ops.sequences import MOST_TOGETHER, AnyLatent, Latents
 from xkv.ops.types import Array
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -86,18 +88,60 @@ struct packed_rows {
 """
 """A latent's rows, eight columns at once, from a column that is a multiple of 8."""
 
+
+def _each(name: str) -> list[str]:
+    """What a kernel calls the arrays of several sequences."""
+    return [f"{name}_{i}" for i in range(MOST_TOGETHER)]
+
+
+def chosen(name: str, suffix: str = "") -> str:
+    """An expression for the array of the sequence that a threadgroup's z says, or what it has."""
+    *others, last = _each(name)
+    z = "threadgroup_position_in_grid.z"
+    return "".join(f"{z} == {i} ? {x}{suffix} : " for i, x in enumerate(others)) + last + suffix
+
+
+def named_each(arrays: dict[str, Sequence[Array]], are_several: bool) -> dict[str, Array]:
+    """Arrays of one batch, or of up to ``MOST_TOGETHER`` sequences, by what a kernel calls them."""
+    named: dict[str, Array] = {}
+    for name, each in arrays.items():
+        # as many inputs for any number of sequences: the last one stands for those there are not
+        filled = [*each, *[each[-1]] * (MOST_TOGETHER - len(each))] if are_several else each
+        named |= dict(zip(_each(name) if are_several else [name], filled, strict=True))
+    return named
+
+
 _READ_PLAIN = """
-  const int n_rows = latent_shape[1], rank = latent_shape[2];
+  const int n_rows = latent_shape[1], n_longest = n_rows, rank = latent_shape[2];
   const int64_t first_stored = int64_t(threadgroup_position_in_grid.z) * n_rows;
   const plain_rows<T> stored = {latent + first_stored * rank, rank, rank};
 """
 _READ_PACKED = """
-  const int n_rows = words_shape[1], n_words = words_shape[2], n_bands = scales_shape[2];
+  const int n_rows = words_shape[1], n_longest = n_rows;
+  const int n_words = words_shape[2], n_bands = scales_shape[2];
   const int64_t first_stored = int64_t(threadgroup_position_in_grid.z) * n_rows;
   const packed_rows<T> stored = {
       words + first_stored * n_words, scales + first_stored * n_bands,
       biases + first_stored * n_bands, bands, n_words, n_bands, 64 * n_bands};
 """
+_LONGEST = functools.reduce(lambda x, y: f"max({x}, {y})", [f"{x}_shape[1]" for x in _each("ROWS")])
+_READ_PLAIN_EACH = f"""
+  const int n_rows = {chosen("latent", "_shape[1]")};
+  const int n_longest = {_LONGEST.replace("ROWS", "latent")};
+  const int rank = latent_0_shape[2];
+  const plain_rows<T> stored = {{{chosen("latent")}, rank, rank}};
+"""
+_READ_PACKED_EACH = f"""
+  const int n_rows = {chosen("words", "_shape[1]")};
+  const int n_longest = {_LONGEST.replace("ROWS", "words")};
+  const int n_words = words_0_shape[2], n_bands = scales_0_shape[2];
+  const packed_rows<T> stored = {{
+      {chosen("words")},
+      {chosen("scales")},
+      {chosen("biases")},
+      bands, n_words, n_bands, 64 * n_bands}};
+"""
+"""``stored``: a sequence's rows of a batch's latent, or of its own; how many the longest has."""
 
 PRODUCT_SOURCE = """
 // Tiles of the product [ROWS, N] of gathered rows and a matrix, DEPTH columns of the rows at a
@@ -239,7 +283,7 @@ def launch(
     name: str,
     header: str,
     source: str,
-    latent: Latent,
+    latent: AnyLatent,
     inputs: dict[str, Any],
     sizes: dict[str, Any],
     n_tiles: tuple[int, int, int],
@@ -252,7 +296,7 @@ def launch(
     Neither the source nor its name says how many bits a band has.
 
     Args:
-        source: For threadgroups whose z is a batch; the latent's rows are ``stored``.
+        source: For threadgroups whose z is a sequence; its latent's rows are ``stored``.
         inputs: What it reads beside the latent, by name.
         sizes: Numbers of the template, ``N`` and ``ROWS`` among them; ``T`` and ``DEPTH`` follow.
         n_tiles: Threadgroups.
@@ -262,16 +306,23 @@ def launch(
     Returns:
         The output; with others, a tuple of all of them.
     """
+    are_several = are_several_of(latent)
+    names: tuple[str, ...]
     if latent.is_packed:
-        words, scales, biases = latent.arrays
-        read = {"words": words, "scales": scales, "biases": biases, "bands": _bands(latent.bits)}
+        names = ("words", "scales", "biases")
+        read = _READ_PACKED_EACH if are_several else _READ_PACKED
     else:
-        read = {"latent": latent.arrays[0]}
-    named, made = read | inputs, {"out": (shape, dtype)} | (others or {})
+        names = ("latent",)
+        read = _READ_PLAIN_EACH if are_several else _READ_PLAIN
+    arrays = zip(*(part.arrays for part in latent.parts), strict=True)
+    named = named_each(dict(zip(names, arrays, strict=True)), are_several)
+    if latent.is_packed:
+        named["bands"] = _bands(latent.bits)
+    named, made = named | inputs, {"out": (shape, dtype)} | (others or {})
     kernel = build(
-        f"{name}_packed" if latent.is_packed else name,
+        name + "_packed" * latent.is_packed + "_each" * are_several,
         tuple(named),
-        (_READ_PACKED if latent.is_packed else _READ_PLAIN) + source,
+        read + source,
         LATENT_SOURCE + PRODUCT_SOURCE + header,
         tuple(made),
     )
@@ -298,7 +349,12 @@ def _bands(bits: tuple[int, ...]) -> Array:
     return mx.array(table + [0] * (SMALL - len(table)), mx.int32)
 
 
-def dtype_name(x: Array | Latent) -> str:
+def are_several_of(latent: AnyLatent) -> bool:
+    """Whether each sequence's latent is an array of its own."""
+    return isinstance(latent, Latents)
+
+
+def dtype_name(x: Array | AnyLatent) -> str:
     """``float16`` for ``mx.float16``."""
     return _name_of(x.dtype)
 
@@ -308,7 +364,7 @@ def _name_of(dtype: Any) -> str:
     return str(dtype).rpartition(".")[2]
 
 
-def dtype_problem(**arrays: Array | Latent) -> str | None:
+def dtype_problem(**arrays: Array | AnyLatent) -> str | None:
     """A sentence if the arrays' dtypes differ or no kernel takes them."""
     found = {dtype_name(x) for x in arrays.values()}
     if len(found) > 1:
@@ -328,12 +384,34 @@ def size_problem(*arrays: Array) -> str | None:
     return None
 
 
-def sample_latent(backend: Backend, latent: Latent, n_rows: int) -> Latent:
-    """A small latent of this one's dtype: an odd rank, or, if packed, a band of each width."""
+def together_problem(n_sequences: int) -> str | None:
+    """A sentence if there are more sequences than a kernel has arguments for."""
+    if n_sequences > MOST_TOGETHER:
+        return f"the kernel takes up to {MOST_TOGETHER} sequences, not {n_sequences}"
+    return None
+
+
+def latent_problem(latent: AnyLatent) -> str | None:
+    """A sentence if a kernel cannot make pointers to a latent's arrays."""
+    return size_problem(*latent.arrays) or together_problem(len(latent.parts))
+
+
+def sample_latent(backend: Backend, latent: AnyLatent, n_rows: int) -> AnyLatent:
+    """A small latent of this one's dtype: an odd rank, or, if packed, a band of each width.
+
+    As many as sequences have theirs by themselves, all of one length.
+    """
+    made = [_sample(backend, latent, n_rows, number) for number in range(len(latent.parts))]
+    return Latents(tuple(made)) if are_several_of(latent) else made[0]
+
+
+def _sample(backend: Backend, latent: AnyLatent, n_rows: int, number: int) -> Latent:
     if not latent.is_packed:
-        return Latent((backend.normal((1, n_rows, 37), 0).astype(latent.dtype),))
+        return Latent((backend.normal((1, n_rows, 37), number).astype(latent.dtype),))
     packed = [
-        backend.quantize(backend.normal((1, n_rows, BAND), bits).astype(latent.dtype), BAND, bits)
+        backend.quantize(
+            backend.normal((1, n_rows, BAND), 10 * number + bits).astype(latent.dtype), BAND, bits
+        )
         for bits in BITS
     ]
     arrays = (mx.concatenate(list(x), axis=-1) for x in zip(*packed, strict=True))

@@ -9,7 +9,7 @@ import mlx.core as mx
 from xkv.backends.mlx_metal.kernels import common
 from xkv.ops.backend import Backend
 from xkv.ops.index import BLOCK, n_columns
-from xkv.ops.latent import Latent
+from xkv.ops.sequences import AnyLatent
 from xkv.ops.types import Array
 
 ROWS, QUERIES = 128, 32
@@ -64,7 +64,7 @@ SOURCE = """
   const int block = n_blocks == 1 ? 0 : first / BLOCK;
   const auto queries = absorbed + int64_t(batch * n_blocks + block) * n * n_queries;
   const int group = n_queries / n_kv_heads;
-  device float* scores = out + int64_t(batch) * n_kv_heads * n_rows + row;
+  device float* scores = out + int64_t(batch) * n_kv_heads * n_longest + row;
 
   row_numbers[thread_index] = row < n_rows ? row : -1;
   int n_seen = 0;
@@ -79,13 +79,13 @@ SOURCE = """
       threadgroup const float* shown =
           share_quarter<T, N, ROWS, DEPTH>(product, quarter, shared, sg);
       const int i = thread_index / 32 * 8 + thread_index % 8;
-      if (row >= n_rows || tile_row(quarter, i) != thread_index) continue;
+      if (row >= n_longest || tile_row(quarter, i) != thread_index) continue;
       for (int q = 0; q < min(N, n_queries - query); q++) {
         const float offset = offsets[batch * n_queries + query + q];
         largest = max(largest, shown[i * tiles::quarter_stride + q] - offset);
         if (++n_seen < group) continue;
-        *scores = largest;
-        scores += n_rows;
+        *scores = row < n_rows ? largest : -INFINITY;
+        scores += n_longest;
         largest = -INFINITY;
         n_seen = 0;
       }
@@ -114,29 +114,33 @@ class IndexScores:
     name = "index_scores"
 
     def why_not(
-        self, absorbed: Array, latent: Latent, offsets: Array, n_kv_heads: int
+        self, absorbed: Array, latent: AnyLatent, offsets: Array, n_kv_heads: int
     ) -> str | None:
         """A sentence that says why the kernel cannot take these arguments here, or None."""
         if common.dtype_name(offsets) != "float32":
             return f"the kernel takes offsets in float32, not {common.dtype_name(offsets)}"
-        return common.dtype_problem(absorbed=absorbed, latent=latent) or common.size_problem(
-            absorbed, *latent.arrays
+        return (
+            common.dtype_problem(absorbed=absorbed, latent=latent)
+            or common.latent_problem(latent)
+            or common.size_problem(absorbed)
         )
 
     def sample(self, backend: Backend, *args: Any) -> tuple[Any, ...]:
         """Two blocks, and KV heads whose queries are in two tiles."""
         absorbed, latent, _, _ = args
         small = common.sample_latent(backend, latent, BLOCK + ROWS + 5)
-        n, n_kv_heads, n_queries = n_columns(small), 4, 40
-        few = backend.normal((1, 2, n, n_queries), 1) * n**-0.5
-        offsets = backend.normal((1, n_queries), 2)
+        batch, n, n_kv_heads, n_queries = len(small.parts), n_columns(small), 4, 40
+        few = backend.normal((batch, 2, n, n_queries), 1) * n**-0.5
+        offsets = backend.normal((batch, n_queries), 2)
         return few.astype(absorbed.dtype), small, offsets, n_kv_heads
 
-    def check_key(self, absorbed: Array, latent: Latent, *_: Any) -> tuple[Any, ...]:
+    def check_key(self, absorbed: Array, latent: AnyLatent, *_: Any) -> tuple[Any, ...]:
         """The dtype's name, and what else the source depends on."""
-        return common.dtype_name(absorbed), latent.is_packed
+        return common.dtype_name(absorbed), latent.is_packed, common.are_several_of(latent)
 
-    def __call__(self, absorbed: Array, latent: Latent, offsets: Array, n_kv_heads: int) -> Array:
+    def __call__(
+        self, absorbed: Array, latent: AnyLatent, offsets: Array, n_kv_heads: int
+    ) -> Array:
         batch, n_rows = latent.shape[:2]
         return common.launch(
             self.name,

@@ -120,7 +120,7 @@ class KeyScores:
             )
         return common.dtype_problem(
             latent=stored.latent, basis=stored.basis, queries=queries
-        ) or common.size_problem(*stored.latent.arrays)
+        ) or common.latent_problem(stored.latent)
 
     def sample(
         self, backend: Backend, stored: Stored, rows: Array, queries: Array
@@ -130,15 +130,17 @@ class KeyScores:
         dim, dtype = stored.basis.shape[-1], stored.basis.dtype
         basis = backend.normal((1, latent.rank, 2, dim), 1) * latent.rank**-0.5
         runs = tuple(RopeRun(80, run.spec) for run in stored.rope_runs)
-        numbers = mx.array([[[7 * i % 80 for i in range(40)], [*range(39, -1, -1)]]])
-        few = backend.normal((1, 6, 1, dim), 2) * dim**-0.5
+        batch = len(latent.parts)
+        numbers = mx.array([[[7 * i % 80 for i in range(40)], [*range(39, -1, -1)]]] * batch)
+        few = backend.normal((batch, 6, 1, dim), 2) * dim**-0.5
         small = Stored(latent, basis.astype(dtype), stored.start, runs)
         return small, numbers, few.astype(dtype)
 
     def check_key(self, stored: Stored, rows: Array, queries: Array) -> tuple[Any, ...]:
         """The dtype's name, and what else the source depends on."""
-        dim, is_packed = stored.basis.shape[-1], stored.latent.is_packed
-        return common.dtype_name(stored.basis), dim, is_packed, _is_traditional(stored)
+        dim, latent = stored.basis.shape[-1], stored.latent
+        form = latent.is_packed, common.are_several_of(latent)
+        return common.dtype_name(stored.basis), dim, *form, _is_traditional(stored)
 
     def __call__(self, stored: Stored, rows: Array, queries: Array) -> Array:
         batch, n_kv_heads, n = rows.shape

@@ -9,7 +9,7 @@ import mlx.core as mx
 from xkv.backends.mlx_metal.kernels import common
 from xkv.config import BAND
 from xkv.ops.backend import Backend
-from xkv.ops.latent import Latent
+from xkv.ops.sequences import AnyLatent
 from xkv.ops.types import Array
 
 QUERIES = 8
@@ -145,7 +145,7 @@ class WeighRows:
     name = "weigh_rows"
 
     def why_not(
-        self, latent: Latent, rows: Array, scores: Array, totals: Array, beside: Array
+        self, latent: AnyLatent, rows: Array, scores: Array, totals: Array, beside: Array
     ) -> str | None:
         """A sentence that says why the kernel cannot take these arguments here, or None."""
         if rows.shape[-1] == 0:
@@ -153,27 +153,26 @@ class WeighRows:
         for name, x in (("scores", scores), ("totals", totals)):
             if common.dtype_name(x) != "float32":
                 return f"the kernel takes {name} in float32, not {common.dtype_name(x)}"
-        return common.dtype_problem(latent=latent, beside=beside) or common.size_problem(
-            *latent.arrays
-        )
+        return common.dtype_problem(latent=latent, beside=beside) or common.latent_problem(latent)
 
     def sample(self, backend: Backend, *args: Any) -> tuple[Any, ...]:
         """Two KV heads; rows and queries a tile and some more."""
         latent, *_, beside = args
         small = common.sample_latent(backend, latent, 160)
-        numbers = mx.array([[[7 * i % 160 for i in range(ROWS + 13)], [*range(ROWS + 12, -1, -1)]]])
-        scores = backend.normal((1, 2, QUERIES + 3, ROWS + 13), 1)
+        batch, n = len(small.parts), ROWS + 13
+        numbers = mx.array([[[7 * i % 160 for i in range(n)], [*range(n - 1, -1, -1)]]] * batch)
+        scores = backend.normal((batch, 2, QUERIES + 3, n), 1)
         # as much as all the rows
-        totals = backend.normal((1, 2, QUERIES + 3), 2) + 5
-        others = backend.normal((1, 2, QUERIES + 3, 24), 3)
+        totals = backend.normal((batch, 2, QUERIES + 3), 2) + 5
+        others = backend.normal((batch, 2, QUERIES + 3, 24), 3)
         return small, numbers, scores, totals, others.astype(beside.dtype)
 
-    def check_key(self, latent: Latent, *args: Any) -> tuple[Any, ...]:
+    def check_key(self, latent: AnyLatent, *args: Any) -> tuple[Any, ...]:
         """The dtype's name, and what else the source depends on."""
-        return common.dtype_name(latent), latent.is_packed
+        return common.dtype_name(latent), latent.is_packed, common.are_several_of(latent)
 
     def __call__(
-        self, latent: Latent, rows: Array, scores: Array, totals: Array, beside: Array
+        self, latent: AnyLatent, rows: Array, scores: Array, totals: Array, beside: Array
     ) -> tuple[Array, Array]:
         batch, n_kv_heads, n_queries, _ = scores.shape
         others = beside.reshape(batch, n_kv_heads, n_queries, -1)

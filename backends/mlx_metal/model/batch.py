@@ -12,6 +12,7 @@ import mlx.core as mx
 from xkv.backends.mlx_metal.model import borrowed
 from xkv.backends.mlx_metal.model.copies import copied
 from xkv.backends.mlx_metal.model.seam import ATTENTION, AttendingCache
+from xkv.cache.layer import alike, attend_together
 from xkv.errors import InputError
 
 mlx_cache = borrowed.module("mlx_lm.models.cache")
@@ -127,24 +128,54 @@ class XKVBatch(mlx_cache._BaseCache, AttendingCache):  # type: ignore[name-defin
         sinks: mx.array | None = None,
     ) -> mx.array:
         """Attention of each sequence's newest tokens over its own rows."""
-        assert self._call is not None
-        call, n_tokens, outputs = self._call, queries.shape[-2], []
         is_mine = isinstance(mask, mx.array) and _MASKS.get(id(mask)) is mask
-        for number, member in enumerate(self.members):
-            own, left, n_rows = call.own[number], call.left[number], call.n_rows[number]
-            mine: Any = queries[number : number + 1, :, own]
-            if own.start == own.stop:
-                outputs.append(mx.zeros_like(queries[number : number + 1]))
+        given = None if is_mine or isinstance(mask, str) else mask
+        members, outputs = self.members, [queries] * len(self.members)
+        views, config = [x.layer.view for x in members], members[0].layer.cache.config
+        is_alone = queries.shape[-2] > 1 or given is not None or not self._are_attending
+        alone = [[number] for number in range(len(members))]
+        for numbers in alone if is_alone else alike(views, config):
+            if len(numbers) == 1:
+                outputs[numbers[0]] = self._attend_one(numbers[0], queries, scale, given, sinks)
                 continue
-            given: Any = "causal"
-            if isinstance(mask, mx.array) and not is_mine:
-                every = mask[(None,) * (4 - mask.ndim)]
-                every = mx.broadcast_to(every, (len(self.members), *every.shape[1:]))
-                given = every[number : number + 1, :, own, left : left + n_rows]
-            output = member.attend(mine, scale, given, sinks)
-            around = [(0, 0), (0, 0), (own.start, n_tokens - own.stop), (0, 0)]
-            outputs.append(mx.pad(output, around) if any(around[2]) else output)
+            is_all = len(numbers) == len(members)
+            theirs = queries if is_all else queries[mx.array(numbers)]
+            found = attend_together([views[x] for x in numbers], theirs, scale, config, sinks)
+            if is_all:
+                return found
+            for i, number in enumerate(numbers):
+                outputs[number] = found[i : i + 1]
         return mx.concatenate(outputs, axis=0)
+
+    @property
+    def _are_attending(self) -> bool:
+        """Whether the last call had a token of each, of keys and values."""
+        assert self._call is not None
+        have_tokens = all(own.start < own.stop for own in self._call.own)
+        return have_tokens and not any(member.is_latent for member in self.members)
+
+    def _attend_one(
+        self,
+        number: int,
+        queries: mx.array,
+        scale: float,
+        mask: mx.array | None,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        assert self._call is not None
+        own, left = self._call.own[number], self._call.left[number]
+        if own.start == own.stop:
+            return mx.zeros_like(queries[number : number + 1])
+        given: Any = "causal"
+        if mask is not None:
+            every = mask[(None,) * (4 - mask.ndim)]
+            every = mx.broadcast_to(every, (len(self.members), *every.shape[1:]))
+            end = left + self._call.n_rows[number]
+            given = every[number : number + 1, :, own, left:end]
+        mine = queries[number : number + 1, :, own]
+        output = self.members[number].attend(mine, scale, given, sinks)
+        around = [(0, 0), (0, 0), (own.start, queries.shape[-2] - own.stop), (0, 0)]
+        return mx.pad(output, around) if any(around[2]) else output
 
     @property
     def offset(self) -> mx.array:
@@ -256,30 +287,3 @@ def _side_by_side(parts: Sequence[mx.array], call: _Call) -> mx.array:
     for rows, left, own in zip(parts, call.left, call.own, strict=True):
         padded.append(mx.pad(rows, [(0, 0), (0, 0), (left, call.n_tokens - own.stop), (0, 0)]))
     return mx.concatenate(padded, axis=0)
-
-
-def member_of(cache: Any, number: int, fresh: Any) -> Any:
-    """One sequence's cache in a layer's batch: ours itself, of mlx-lm's own a copy.
-
-    Args:
-        cache: Of the layer.
-        number: Of the sequence.
-        fresh: An empty cache of the layer; mlx-lm extracts nothing from an empty batch.
-    """
-    if hasattr(cache, "caches"):
-        pairs = zip(cache.caches, fresh.caches, strict=True)
-        return mlx_cache.CacheList(*(member_of(part, number, empty) for part, empty in pairs))
-    if isinstance(cache, XKVBatch):
-        return cache.members[number]
-    return fresh if cache.empty() else cache.extract(number)
-
-
-def with_members(cache: Any, members: Sequence[Any]) -> Any:
-    """A layer's batch after its sequences' caches of :func:`member_of` went on."""
-    if isinstance(cache, XKVBatch):
-        return cache
-    if hasattr(cache, "caches"):
-        columns = zip(*(member.caches for member in members), strict=True)
-        pairs = zip(cache.caches, columns, strict=True)
-        return mlx_cache.CacheList(*(with_members(*pair) for pair in pairs))
-    return members[0].merge(members)

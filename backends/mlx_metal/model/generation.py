@@ -13,7 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from xkv.backends.mlx_metal.model import borrowed, seam
-from xkv.backends.mlx_metal.model.batch import XKVBatch, member_of, with_members
+from xkv.backends.mlx_metal.model.batch import XKVBatch
+from xkv.backends.mlx_metal.model.batch_members import member_of, with_members
 from xkv.backends.mlx_metal.model.cache import XKVCache
 from xkv.backends.mlx_metal.model.drafts import Verifier
 from xkv.backends.mlx_metal.model.enabled import (

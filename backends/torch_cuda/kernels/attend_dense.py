@@ -12,6 +12,7 @@ from xkv.backends.torch_cuda.kernels import KERNEL_DTYPES
 from xkv.ops.backend import Backend
 from xkv.ops.recent import packed
 from xkv.ops.scores import Dense
+from xkv.ops.sequences import AnyDense
 from xkv.ops.types import Array
 
 BLOCK_ROWS = 32
@@ -139,8 +140,10 @@ class AttendDense:
         """The queries."""
         return queries
 
-    def why_not(self, queries: Array, dense: Dense, sinks: Array | None) -> str | None:
+    def why_not(self, queries: Array, dense: AnyDense, sinks: Array | None) -> str | None:
         """Any dims and numbers; the features side by side, one query where not all are in use."""
+        if not isinstance(dense, Dense):
+            return "Triton kernels take the rows of one batch, not several sequences' own"
         for name in ("keys", "values"):
             x = getattr(dense, name)
             if x.dtype not in KERNEL_DTYPES:
@@ -174,7 +177,7 @@ class AttendDense:
         """Dtypes, dims, and whether there are recent rows, sinks, and rows out of use."""
         dtypes = str(queries.dtype).removeprefix("torch."), dense.keys.dtype
         of_sinks = None if sinks is None else sinks.dtype
-        of_used = None if dense.n_used is None else dense.n_used.dtype
+        of_used = getattr(dense.n_used, "dtype", None)
         dims = dense.keys.shape[-1], dense.values.shape[-1]
         return *dtypes, *dims, of_sinks, of_used, dense.recent is not None
 

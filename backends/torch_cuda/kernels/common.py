@@ -17,6 +17,7 @@ from xkv.backends.torch_cuda.kernels import KERNEL_DTYPES
 from xkv.config import BAND
 from xkv.ops.backend import Backend
 from xkv.ops.latent import WORD_BITS, Latent
+from xkv.ops.sequences import AnyLatent
 from xkv.ops.types import Array
 from xkv.store.codec import BITS, pack_latent
 
@@ -94,8 +95,10 @@ def rows_arguments(rows: Array) -> dict[str, Any]:
     return dict(zip(ROWS_ARGUMENTS, (rows, *rows.stride()[:2]), strict=True))
 
 
-def latent_problem(latent: Latent) -> str | None:
+def latent_problem(latent: AnyLatent) -> str | None:
     """What the kernels cannot take of a latent."""
+    if not isinstance(latent, Latent):
+        return "Triton kernels take the latent of one batch, not several sequences' own"
     if latent.dtype not in KERNEL_DTYPES:
         return f"the latent is {latent.dtype}; Triton kernels take 16- and 32-bit floats"
     # an axis of one number may have any stride

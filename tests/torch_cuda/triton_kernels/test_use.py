@@ -26,6 +26,7 @@ from xkv.backends.torch_cuda import kernels as triton_kernels
 from xkv.checks.decode_cases import CASES, DecodeCase, make_inputs
 from xkv.checks.tolerances import TOLERANCE, relative_error
 from xkv.ops.backend import Backend
+from xkv.ops.sequences import Latents
 from xkv.ops.types import RopeRun
 
 pytestmark = needs_triton
@@ -62,6 +63,7 @@ def refusals(backend: Backend) -> dict[str, tuple[str, tuple[Any, ...]]]:
     scaled, dense, _ = args_of("attend_dense")
     two, two_rows, _ = args_of("attend_dense", DecodeCase(70, 2, 1, 64, 8, 8, n_queries=2))
     unused = two_rows._replace(n_used=torch.tensor([3], device=two.device))
+    several = Latents((latent, latent))
     off = backend.xp.concat([stored.basis] * 2, axis=-1)[..., 8:72]
     return {
         "key_scores cannot run: the rows have 2": ("key_scores", (two_runs, rows, asked)),
@@ -72,6 +74,14 @@ def refusals(backend: Backend) -> dict[str, tuple[str, tuple[Any, ...]]]:
         "10 pairs are rotated": (
             "key_scores",
             args_of("key_scores", DecodeCase(16, 1, 1, 64, 8, 8, rope_dims=20, n_recent=0)),
+        ),
+        "index_scores cannot run: Triton kernels take the latent of one batch": (
+            "index_scores",
+            (absorbed, several, offsets, n_kv_heads),
+        ),
+        "attend_dense cannot run: Triton kernels take the rows of one batch": (
+            "attend_dense",
+            (scaled, [dense, dense], None),
         ),
         "basis is strided": ("key_scores", (stored._replace(basis=off), rows, asked)),
         "columns are strided": (
