@@ -13,7 +13,9 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import xkv
 from xkv.backends.mlx_metal.model import batch
+from xkv.backends.mlx_metal.model.enabled import lowrank_cache
 from xkv.cache import layer
+from xkv.checks.invariants import broken_invariants
 from xkv.tiny import CHECKPOINT_DIR, make_document
 
 LENGTHS = (1200, 1195, 1190, 1185, 1180, 1400, 300)
@@ -69,18 +71,18 @@ def test_each_gets_what_it_gets_alone(bundled: tuple[Any, Any], sizes: list[int]
         for (_, mine), (_, its) in zip(answers[uid], wanted, strict=True):
             assert mx.allclose(mine, its, rtol=0, atol=1e-3).item()
         assert {x.offset for x in caches[uid]} == {len(prompt) + n_tokens}
+        assert broken_invariants(lowrank_cache(caches[uid])) == []
 
 
 def test_sequences_are_alike_by_plan_and_rows(bundled: tuple[Any, Any]) -> None:
     model, tokenizer = bundled
     tokens = tokenizer.encode(make_document(1, 6000).text)
-    views, config = [], None
+    views, configs = [], []
     for n in (1200, 1150, 2300, 200, 1190, 1180, 1170):
         caches = make_prompt_cache(model)
         list(generate_step(mx.array(tokens[:n]), model, max_tokens=2, prompt_cache=caches))
         views.append(caches[0].layer.view)
-        config = caches[0].layer.cache.config
-    assert config is not None
-    assert layer.alike(views, config) == [[0, 1, 4, 5], [2], [3], [6]]
+        configs.append(caches[0].layer.cache.config)
+    assert layer.alike(views, configs) == [[0, 1, 4, 5], [2], [3], [6]]
     exact = xkv.XKVConfig(compression=8, attention="exact")
-    assert layer.alike(views, exact) == [[n] for n in range(len(views))]
+    assert layer.alike(views, [exact, *configs[1:]]) == [[0], [1, 4, 5, 6], [2], [3]]

@@ -215,23 +215,24 @@ class LayerView:
         return layer._replace(rope_runs=layer.runs_between(0, layer.offset))
 
 
-def alike(views: Sequence[LayerView], config: XKVConfig) -> list[list[int]]:
+def alike(views: Sequence[LayerView], configs: Sequence[XKVConfig]) -> list[list[int]]:
     """Numbers of sequences that one call of :func:`attend_together` takes; others are alone.
 
     Args:
         views: The same layer of each sequence, whose newest token is to attend.
-        config: As in :meth:`LayerView.attend`.
+        configs: Each one's.
     """
     groups: list[tuple[Any, list[int]]] = []
-    for number, view in enumerate(views):
+    for number, (view, config) in enumerate(zip(views, configs, strict=True)):
         rows, keys, values = view.rows, view.keys, view.values
         n_rebuilt = view.n_rebuilt(config, 1) if rows.is_compressed else None
-        if n_rebuilt is None or keys is None or values is None or len(rows.rope_runs) != 1:
+        are_plain = rows.batch == 1 and len(rows.rope_runs) == 1
+        if n_rebuilt is None or keys is None or values is None or not are_plain:
             groups.append((None, [number]))
             continue
         # bases by where they are: the model's is one for all, a prompt's is its own
-        found = (id(keys.basis), id(values.basis), rows.start, rows.recent is None, n_rebuilt)
-        key = (*found, rows.batch, rows.rope_runs[0].spec)
+        bases, has_recent = (id(keys.basis), id(values.basis)), rows.recent is not None
+        key = bases, n_rebuilt, rows.start, has_recent, rows.rope_runs[0].spec
         group = next((x for known, x in groups if known == key and len(x) < MOST_TOGETHER), None)
         if group is None:
             groups.append((key, [number]))

@@ -17,6 +17,10 @@ SLACK = 2.0
 """Squared distances of a recent row to its stored form, beside those to other rows' forms; and its
 error, beside that of all rows."""
 
+NEAR = 0.05
+"""Squared distance to its stored form, beside its own length, at which a row may be as near to
+another's: a first layer's values are the same wherever a token is."""
+
 
 def broken_invariants(cache: LowRankCache) -> list[str]:
     """Sentences that name what does not hold; none if all is well.
@@ -97,7 +101,7 @@ def _of_recent(view: LayerView) -> Iterator[str]:
         its_own = np.diagonal(apart, layer.n_segment - layer.n_recent, -2, -1)
         store = view.keys if name == "keys" else view.values
         lost = 0.0 if store is None else store.error
-        allowed = (1e-3 + (SLACK * lost) ** 2) * (held**2).sum(-1)
+        allowed = max((SLACK * lost) ** 2, NEAR) * (held**2).sum(-1)
         if (its_own > SLACK * apart.min(-1) + allowed).any():
             yield f"recent {name} are those of other rows"
 

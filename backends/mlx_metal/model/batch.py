@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -131,16 +132,18 @@ class XKVBatch(mlx_cache._BaseCache, AttendingCache):  # type: ignore[name-defin
         is_mine = isinstance(mask, mx.array) and _MASKS.get(id(mask)) is mask
         given = None if is_mine or isinstance(mask, str) else mask
         members, outputs = self.members, [queries] * len(self.members)
-        views, config = [x.layer.view for x in members], members[0].layer.cache.config
+        views = [x.layer.view for x in members]
+        configs = [x.layer.cache.config for x in members]
         is_alone = queries.shape[-2] > 1 or given is not None or not self._are_attending
         alone = [[number] for number in range(len(members))]
-        for numbers in alone if is_alone else alike(views, config):
+        for numbers in alone if is_alone else alike(views, configs):
             if len(numbers) == 1:
                 outputs[numbers[0]] = self._attend_one(numbers[0], queries, scale, given, sinks)
                 continue
             is_all = len(numbers) == len(members)
             theirs = queries if is_all else queries[mx.array(numbers)]
-            found = attend_together([views[x] for x in numbers], theirs, scale, config, sinks)
+            together, config = [views[x] for x in numbers], configs[numbers[0]]
+            found = attend_together(together, theirs, scale, config, sinks)
             if is_all:
                 return found
             for i, number in enumerate(numbers):
@@ -181,7 +184,7 @@ class XKVBatch(mlx_cache._BaseCache, AttendingCache):  # type: ignore[name-defin
     def offset(self) -> mx.array:
         """Position of each sequence's next token ``[B]``; padding before it counts down to it."""
         pairs = zip(self.members, self._lead, strict=True)
-        return mx.array([member.offset - lead for member, lead in pairs])
+        return _numbers(tuple(member.offset - lead for member, lead in pairs))
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None
@@ -270,6 +273,12 @@ class XKVBatch(mlx_cache._BaseCache, AttendingCache):  # type: ignore[name-defin
     def trim(self, n: int) -> int:
         """Forget each sequence's last ``n`` tokens."""
         return max(member.trim(n) for member in self.members)
+
+
+@functools.lru_cache(maxsize=8)
+def _numbers(numbers: tuple[int, ...]) -> mx.array:
+    """An array that all layers of a step ask for."""
+    return mx.array(numbers)
 
 
 def refuse_others(are_all_ours: bool) -> None:
