@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import metal_emulator as emulator
+from tests.sequences import PACKED, PLAIN, attend_at_once, make_sequences
 from xkv.backends.mlx_metal.backend import MLXBackend
 from xkv.backends.mlx_metal.kernels import (
     attend_dense,
@@ -166,6 +167,8 @@ def texts(emulated: MLXBackend, case: DecodeCase, dtype: str) -> list[str]:
         attend_dense.KERNEL(queries, x.dense, None)
         query_terms.KERNEL(queries, index_basis(emulated, keys), case.spec)
         choose_rows.KERNEL(*choice)
+        several = make_sequences(emulated, PACKED if case.bits else PLAIN, dtype, 2)
+        attend_at_once(emulated, several, emulated.normal((PLAIN.n_heads,), 5))
     return [launch.text for launch in launches]
 
 
