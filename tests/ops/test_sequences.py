@@ -96,10 +96,18 @@ def test_planted_fault_is_caught(plain_mlx, reference, fault, monkeypatch):
     assert not error < 10 * PLAIN_TOLERANCE["float32"]
 
 
-def test_sequences_stand_side_by_side(mlx_backend):
+@pytest.mark.parametrize("n_heads", [(), (2,)], ids=["latents", "rows"])
+def test_sequences_stand_side_by_side(mlx_backend, n_heads):
     xp = mlx_backend.xp
-    parts = [xp.ones((1, 2, 3)), 2 * xp.ones((2, 1, 3))]
-    found = mlx_backend.to_numpy(side_by_side(mlx_backend, parts, 4))
-    assert found.shape == (3, 4, 3)
-    assert found[..., 0].tolist() == [[1, 1, 0, 0], [2, 0, 0, 0], [2, 0, 0, 0]]
+    parts = [number * xp.ones((1, *n_heads, n, 3)) for number, n in ((1, 2), (2, 1), (3, 4))]
+    found = mlx_backend.to_numpy(side_by_side(mlx_backend, parts))
+    assert found.shape == (3, *n_heads, 4, 3)
+    wanted = np.array([[1, 1, 0, 0], [2, 0, 0, 0], [3, 3, 3, 3]])
+    wanted = wanted[:, None, :, None] if n_heads else wanted[..., None]
+    assert np.array_equal(found, np.broadcast_to(wanted, found.shape))
+    filled = side_by_side(mlx_backend, [xp.ones((2, *n_heads, 2, 3))], 3)
+    assert (
+        mlx_backend.to_numpy(filled).sum(axis=(-1, -2)).tolist()
+        == np.full((2, *n_heads), 6).tolist()
+    )
     assert side_by_side(mlx_backend, parts[:1]) is parts[0]

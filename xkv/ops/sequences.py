@@ -69,31 +69,28 @@ AnyLatent = Latent | Latents
 AnyDense = Dense | Sequence[Dense]
 
 
-def side_by_side(
-    backend: Operations, parts: Sequence[Array], n_rows: int | None = None, axis: int = -2
-) -> Array:
-    """Arrays of sequences as that of a batch, zeros after the rows of those that have fewer.
+def side_by_side(backend: Operations, parts: Sequence[Array], n_rows: int | None = None) -> Array:
+    """Arrays ``[1, ..., L, n]`` of sequences as a batch's, zeros after the rows of shorter ones.
 
     Args:
-        n_rows: Along the axis, in the end; None for as many as the longest has.
+        parts: One may be a batch's.
+        n_rows: Rows of each in the end; None for as many as the longest has.
     """
-    longest = max(x.shape[axis] for x in parts)
-    n_rows = longest if n_rows is None else n_rows
-    if len(parts) == 1 and n_rows == longest:
-        return parts[0]
-    xp, first = backend.xp, parts[0]
-    if all(x.shape[axis] == n_rows for x in parts):
-        return xp.concat(list(parts))
-    shape = list(first.shape)
-    shape[0], shape[axis] = sum(x.shape[0] for x in parts), n_rows
-    together = xp.zeros(tuple(shape), dtype=first.dtype, **backend.placement)
-    number = 0
-    for x in parts:
-        place = [slice(None)] * x.ndim
-        place[0], place[axis] = slice(number, number + x.shape[0]), slice(0, x.shape[axis])
-        together[tuple(place)] = x
-        number += x.shape[0]
-    return together
+    xp, lengths = backend.xp, [x.shape[-2] for x in parts]
+    n_rows = max(lengths) if n_rows is None else n_rows
+    pieces = []
+    for x, length in zip(parts, lengths, strict=True):
+        pieces.append(x)
+        if length < n_rows:
+            missing = (*x.shape[:-2], n_rows - length, x.shape[-1])
+            pieces.append(xp.zeros(missing, dtype=x.dtype, **backend.placement))
+    joined = pieces[0] if len(pieces) == 1 else xp.concat(pieces, axis=-2)
+    if len(parts) == 1:
+        return joined
+    shape = len(parts), n_rows, joined.shape[-1]
+    if joined.ndim == 3:
+        return xp.reshape(joined, shape)
+    return xp.permute_dims(xp.reshape(joined, (-1, *shape)), (1, 0, 2, 3))
 
 
 def are_there(backend: Operations, lengths: Sequence[int]) -> Array:
