@@ -58,8 +58,9 @@ class RequestBytes:
         tail = shape.dense_bytes(min(n_answer, config.max_tail))
         group = max(x.n_layers * x.row_elements for x in shape.groups) * shape.item_bytes
         held = ranks.held_bytes(shape, config, n_tokens) + native
-        most = min(dense, held + max(tail, group * buffer_rows(n_prompt)))
-        return cls(most + beside, work)
+        most = held + max(tail, group * buffer_rows(n_prompt))
+        # full ranks and their bases take more than what they stand for
+        return cls((most if held > dense else min(dense, most)) + beside, work)
 
 
 def memory_limit() -> int:
