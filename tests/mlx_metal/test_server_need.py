@@ -10,7 +10,7 @@ import pytest
 import xkv
 from tests.mlx_metal.enabled_model import EXACT, LOSSY, PROMPT, greedy, new_cache
 from xkv.backends.mlx_metal.model.enabled import enabled_state
-from xkv.backends.mlx_metal.server.budget import arrays_held
+from xkv.backends.mlx_metal.server.budget import PromptCache, arrays_held
 from xkv.backends.mlx_metal.server.need import RequestBytes
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -34,3 +34,29 @@ def test_a_request_holds_no_more_than_it_was_said_to_need(
     cache = new_cache(model)
     greedy(model, cache, (PROMPT * 5)[:n_prompt], n_answer)
     assert sum(arrays_held(cache).values()) <= need.cache
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("n_shared", [100, 700])
+def test_what_a_request_shares_and_does_not_use_is_added(
+    model: nn.Module, name: str, n_shared: int
+) -> None:
+    xkv.enable(model, **CONFIGS[name])
+    enabled = enabled_state(model)
+    assert enabled is not None
+    first = PROMPT * 5
+    long = new_cache(model)
+    tokens = [*first, *greedy(model, long, first, 1)]
+    cached, more = PromptCache(10), []
+    cached.holds_more = more.append
+    cached.insert_cache("m", tokens[: long[0].offset], long)
+    prompt = [*first[:n_shared], *PROMPT[:30][::-1]]
+    branch, rest = cached.fetch_nearest_cache("m", prompt)
+    assert branch is not None and len(rest) == 30
+    greedy(model, branch, rest, 8)
+    need = RequestBytes.of(enabled, len(prompt), 8, is_layerwise=True)
+    held = sum(arrays_held(branch).values())
+    assert len(more) == 1 and more[0] > 0
+    assert held <= need.cache + more[0]
+    # of a beginning that is short it is what counts
+    assert n_shared > 100 or held > need.cache

@@ -34,6 +34,17 @@ def arrays_held(caches: Sequence[Any]) -> dict[int, int]:
     return held
 
 
+def unused_bytes(caches: Sequence[Any]) -> int:
+    """Bytes of rows that were cut off, which a cache still holds with those it shares."""
+    unused = 0
+    for cache in flatten(caches):
+        if isinstance(cache, XKVCache) and cache.layer.index == 0:
+            for store in cache.layer.group.state.stores:
+                n_rows = store.latent.shape[1]
+                unused += store.latent.nbytes * (n_rows - cache.layer.rows.n_segment) // n_rows
+    return unused
+
+
 @dataclass
 class _Held:
     """What one cached prompt holds; nothing but its use changes while it is cached."""
@@ -111,6 +122,8 @@ class PromptCache(mlx_cache.LRUPromptCache):  # type: ignore[name-defined]
         """Gives what the requests being answered take at most, together."""
         self.active: Callable[[], Mapping[int, int]] = dict
         """Gives the bytes of each array that they hold by now, by identity."""
+        self.holds_more: Callable[[int], Any] = lambda n_bytes: None
+        """Called with the bytes of rows that a request's copy holds and does not use."""
         self.after_keeping: Callable[[], Any] = lambda: None
         """Called once a request's cache is kept, or dropped."""
 
@@ -174,6 +187,7 @@ class PromptCache(mlx_cache.LRUPromptCache):  # type: ignore[name-defined]
         if cache is not None:
             cache = copy.deepcopy(cache)
             go_back(cache, n_held, n_tokens)
+            self.holds_more(unused_bytes(cache))
         self._make_room(arrays_held(cache or []), self.reserved)
         return cache, tokens[n_tokens:]
 

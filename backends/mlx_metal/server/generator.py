@@ -55,6 +55,7 @@ class Generator(mlx_server.ResponseGenerator):  # type: ignore[name-defined]
         self._batches: Batches | None = None
         self._open: set[Answers] = set()
         prompt_cache.needed, prompt_cache.active = self._needed, self._active
+        prompt_cache.holds_more = self._holds_more
         prompt_cache.after_keeping = self._send_ends
         super().__init__(model_provider, prompt_cache)
 
@@ -126,6 +127,11 @@ class Generator(mlx_server.ResponseGenerator):  # type: ignore[name-defined]
         running = [] if self._batches is None else list(self._batches.answers.values())
         starting = [] if self._starting is None else [self._starting]
         return sum((answers.need for answers in (*starting, *running)), RequestBytes())
+
+    def _holds_more(self, n_bytes: int) -> None:
+        """The request that starts shares a beginning that is longer than what it uses of it."""
+        if self._starting is not None:
+            self._starting.need += RequestBytes(n_bytes)
 
     def _active(self) -> dict[int, int]:
         return {} if self._batches is None else self._batches.arrays()
