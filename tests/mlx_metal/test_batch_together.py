@@ -69,7 +69,8 @@ def test_each_gets_what_it_gets_alone(bundled: tuple[Any, Any], sizes: list[int]
         wanted = [(int(token), logprobs) for token, logprobs in steps]
         assert [token for token, _ in answers[uid]] == [token for token, _ in wanted]
         for (_, mine), (_, its) in zip(answers[uid], wanted, strict=True):
-            assert mx.allclose(mine, its, rtol=0, atol=1e-3).item()
+            # measured: 1.4e-5
+            assert mx.allclose(mine, its, rtol=0, atol=1e-4).item()
         assert {x.offset for x in caches[uid]} == {len(prompt) + n_tokens}
         assert broken_invariants(lowrank_cache(caches[uid])) == []
 

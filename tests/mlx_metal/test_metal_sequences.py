@@ -31,7 +31,9 @@ KERNELS = ("attend_dense", "query_terms", "index_scores", "choose_rows", "key_sc
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
-@pytest.mark.parametrize("case", [PLAIN, PACKED, TRADITIONAL], ids=["plain", "packed", "halves"])
+@pytest.mark.parametrize(
+    "case", [PLAIN, PACKED, TRADITIONAL], ids=["plain", "packed", "traditional"]
+)
 def test_each_gets_what_it_gets_alone(metal, reference, case, n):
     error = error_at_once(metal, reference, case, "float32", n, has_sinks=n == 3)
     assert error < TOLERANCE["float32"]
