@@ -23,7 +23,8 @@ if ! device=$("$python" -c '
 import torch
 import xkv.backends.torch_cuda
 print("cuda" if torch.cuda.is_available() else "cpu")' 2>&1); then
-    echo "error: $python cannot import the PyTorch backend: $(tail -n 1 <<<"$device")" >&2
+    echo "error: $python cannot import the PyTorch backend: $(tail -n 1 <<<"$device");" \
+        "install the project there first: pip install -e '.[torch]'" >&2
     exit 2
 fi
 device=$(tail -n 1 <<<"$device")
@@ -33,19 +34,18 @@ kernels=(-m pytest tests/torch_cuda/triton_kernels -p no:cacheprovider -p no:ben
 kernels+=(--tb=short -rfs)
 doctor=(-m xkv.doctor --backend torch --lengths 1024)
 parity=(scripts/parity_gpu.py --device "$device")
-decode=(scripts/bench_decode.py --backend torch --device "$device" --shape llama-8b --lengths)
+step=(scripts/gpu_step.py --device "$device")
 bench=(scripts/bench_gpu.py --device "$device" --replay only --batches)
 if [ "$device" = cuda ]; then
     unset TRITON_INTERPRET
     workers=$(nproc)
     kernels+=(--require-backend cuda -n "$((workers < 12 ? workers : 12))")
-    decode+=(32768 131072 --runs 31)
     # of 131072 tokens in full three caches fit into 80 GB
     bench+=(1 3 8 --lengths 131072 32768 --runs 2 --factorize-tokens 8192 --max-seconds 205)
 elif [ "${CHECK_GPU_ON_CPU:-}" = 1 ]; then
     kernels+=(-k "matches_reference and (L64 or L264)")
     parity+=(--max-tokens 4)
-    decode+=(1024 --runs 3)
+    step+=(--tokens 1024 --batches 1 2)
     bench+=(1 2 --tiny --lengths 600 --steps 4 --runs 2)
 else
     echo "error: PyTorch sees no GPU on this machine; CHECK_GPU_ON_CPU=1 runs every part on the" \
@@ -58,7 +58,7 @@ rm -f "$out/summary.txt"
 for name in machine kernels parity bench; do
     is_wanted "$name" && rm -f "$out/$name".{txt,json,md}
 done
-{ is_wanted doctor || is_wanted decode; } && rm -f "$out/attention.txt"
+{ is_wanted doctor || is_wanted step; } && rm -f "$out/attention.txt"
 n_failed=0
 
 # part NAME SECONDS FILE COMMAND...: output goes into FILE.txt, one line about it into summary.txt
@@ -92,7 +92,7 @@ part kernels 200 kernels bash -c '"$0" -c "import triton" && "$0" "$@"' "$python
 [ -n "$warming" ] && wait "$warming"
 part parity 120 parity "$python" "${parity[@]}"
 part doctor 50 attention "$python" "${doctor[@]}"
-part decode 50 attention "$python" "${decode[@]}"
+part step 60 attention "$python" "${step[@]}"
 part bench 255 bench "$python" "${bench[@]}" --out "$out/bench"
 
 for file in machine.txt attention.txt bench.md; do

@@ -49,11 +49,11 @@ script under `scripts` wrote with `--json FILE`.
 """
 GPU = f"""## On a GPU
 
-What `bash scripts/check_gpu.sh` left for commit d273810, before decode had an index and a working
-set: [steps]({RESULTS}/gpu/bench.md), [steps without graphs]({RESULTS}/gpu/bench-ordinary.md),
+What `bash scripts/check_gpu.sh` left on an H200: [what passed]({RESULTS}/gpu/summary.txt),
 [kernels]({RESULTS}/gpu/kernels.txt), [parity]({RESULTS}/gpu/parity.txt),
-[attention]({RESULTS}/gpu/attention.txt), [machine]({RESULTS}/gpu/machine.txt),
-[what passed]({RESULTS}/gpu/summary.txt).
+[machine]({RESULTS}/gpu/machine.txt), [a layer's step by its operations]({RESULTS}/gpu/step.md); on
+an H100 and for commit d273810, before decode had an index and a working set,
+[a whole model's steps]({RESULTS}/gpu/bench.md).
 """
 MARK = re.compile(r"^<!-- results: (.*?) -->\n", re.MULTILINE)
 END = "<!-- end -->"

@@ -7,9 +7,10 @@ import logging
 import resource
 import sys
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
-import array_api_compat.torch as xp
+import array_api_compat.torch
 import numpy as np
 import torch
 
@@ -22,6 +23,10 @@ from xkv.ops.scores import Dense
 from xkv.ops.types import Array, RopeSpec, Stored
 
 logger = logging.getLogger("xkv")
+
+xp = SimpleNamespace(**vars(array_api_compat.torch))
+# without a copy where nothing is to be converted, as MLX does
+xp.astype = lambda x, dtype: x.to(dtype)
 
 
 class TorchBackend(Backend):
@@ -151,9 +156,13 @@ class TorchBackend(Backend):
         return x.scatter(2, at, values)
 
     def add_product(self, x: Array, left: Array, right: Array) -> Array:
-        if len(right) < len(left):
-            return super().add_product(x, left, right)
-        return torch.baddbmm(*(y.flatten(0, 1) for y in (x, left, right))).view(x.shape)
+        if len(right) == len(left):
+            return torch.baddbmm(*(y.flatten(0, 1) for y in (x, left, right))).view(x.shape)
+        # a matrix that sequences share is read once, and not copied for each
+        shared, (batch, heads, n, _) = right[0], x.shape
+        x, left = (y.transpose(0, 1).reshape(heads, batch * n, -1) for y in (x, left))
+        product = torch.baddbmm(x, left, shared)
+        return product.view(heads, batch, n, -1).transpose(0, 1)
 
     def step_dtype(self, dtype: Any) -> Any:
         # the CPU multiplies 16-bit matrices slowly
@@ -192,6 +201,12 @@ class TorchBackend(Backend):
             super().attend_dense,
             *(queries, dense, sinks),
         )
+
+    def choose_rows(self, worth: Array, count: int) -> Array:
+        def in_order(worth: Array, count: int) -> Array:
+            return self.top_indices(worth, count).sort(-1).values
+
+        return self.kernels.run("choose_rows", triton_kernels.CHOOSE_ROWS, in_order, worth, count)
 
     def key_scores(self, stored: Stored, rows: Array, queries: Array) -> Array:
         return self.kernels.run(

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "scripts" / "check_gpu.sh")
-PARTS = ("machine", "kernels", "parity", "doctor", "decode", "bench")
+PARTS = ("machine", "kernels", "parity", "doctor", "step", "bench")
 STUB = """#!/bin/sh
 case "$*" in
     -c*) echo cpu ;;
@@ -46,7 +46,8 @@ def test_interpreter_without_the_backend_is_told_in_a_sentence(tmp_path):
     done = run(tmp_path, str(stub))
     assert done.returncode == 2
     assert done.stderr == (
-        f"error: {stub} cannot import the PyTorch backend: No module named torch\n"
+        f"error: {stub} cannot import the PyTorch backend: No module named torch; "
+        "install the project there first: pip install -e '.[torch]'\n"
     )
 
 
@@ -63,7 +64,7 @@ def test_every_part_runs_whatever_another_does(tmp_path, fails):
     assert done.returncode == int(fails) and done.stdout.splitlines()[-6:] == lines
     assert "no such test" in (tmp_path / "kernels.txt").read_text()
     ran = (tmp_path / "attention.txt").read_text()
-    assert "ran -m xkv.doctor" in ran and "ran scripts/bench_decode.py" in ran
+    assert "ran -m xkv.doctor" in ran and "ran scripts/gpu_step.py" in ran
 
 
 def test_parity_on_the_cpu_compares_operations_answers_and_steps_of_constant_shapes():

@@ -48,8 +48,7 @@ def test_doctor_says_what_could_not_be_checked(capsys, tmp_path, backend):
             assert row["problem"].startswith("not checked: ") and "Metal" in row["problem"]
     names = [row["name"] for row in kernels]
     latent = {"index_scores", "key_scores", "weigh_rows"}
-    others = {"query_terms", "attend_dense"}
-    others |= {"choose_rows"} if backend == "mlx" else set()
+    others = {"query_terms", "attend_dense", "choose_rows"}
     assert set(names) == latent | others | {f"{name}, packed" for name in latent}
     assert len(names) == len(set(names)) * len(machine.DTYPES)
     assert timed["tokens"] == 600 and timed["ms"] > 0 and timed["baseline_ms"] > 0

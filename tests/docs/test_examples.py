@@ -33,7 +33,7 @@ NOT_RUN = {
     r"-m xkv\.server\b": "runs until it is stopped",
     r"-m xkv\.(calibrate|doctor|evaluate|inspect|parity)\b": "takes a minute; it has its own tests",
     r"-m scripts\.real_model\b": "downloads a model",
-    r"scripts/(bench_gpu|check_gpu|parity_gpu)\.": "is for a GPU",
+    r"scripts/(bench_gpu|check_gpu|gpu_step|parity_gpu)\.": "is for a GPU",
     r"scripts[./]bench_(batches|decode|fidelity|first_run|prefill|prefixes)\b": "takes minutes",
     r"scripts[./](calibrate_tiny|eval_turns|golden_tokens)\b": "takes minutes",
     r"scripts[./](fuzz_server|soak_server)\b": "takes minutes",

@@ -2,9 +2,9 @@
 
 Counted are bytes that operations read and write, floating-point operations of matrix products
 (what else is computed hides behind memory), and launches. On Metal each fused operation is one
-kernel, which holds no intermediate result in memory; in Triton all but ``choose_rows``, which is
-PyTorch's selection. Everything else is what :mod:`xkv.ops` does on MLX. One sequence, one
-query, 16-bit arithmetic.
+kernel, which holds no intermediate result in memory; on CUDA some are a second that puts parts
+together. Everything else is what :mod:`xkv.ops` does on MLX. One sequence, one query, 16-bit
+arithmetic.
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ LAUNCHES = {
     "values": 2,
     "new token": 2,
 }
-"""By part: the nodes of MLX's graph but views, and those written. On CUDA one is a selection."""
+"""By part: the nodes of MLX's graph but views, and those written."""
+CUDA_LAUNCHES = LAUNCHES | {"dense rows": 2, "choice": 2, "rebuilt keys": 2}
+"""The same on CUDA, where programs take some rows or columns, and others put them together."""
 EXACT_LAUNCHES = 14
 """Dense rows and the softmax, where every row is attended to."""
 
 RADIX_PASSES = 4
 """Of the Metal kernel that chooses rows, over what it selects from, at most."""
-TOPK_READS, TOPK_LAUNCHES = 5, 12
-"""PyTorch's radix selection on CUDA: a read for each byte of a float32, and one for the indices."""
+CUDA_DENSE_ROWS, CUDA_KEY_PARTS, CUDA_RUNS, CUDA_RUN = 64, 8, 4096, 8
+"""Of the Triton kernels: dense rows of a program, parts of a key's columns at most, runs that a
+choice looks at at most, and the fewest rows of one."""
 SCORE_BYTES, SUM_BYTES = 32, 24
 """A score and its weight on their way from product to product, and in the sum of dense rows."""
 
@@ -205,13 +208,17 @@ def working_set(
     columns = BAND * layer.key_bits[0] // 8 + 2 * item * len(layer.key_bits)
     scored = 4 * group.n_kv_heads * n_rows
     n_best = n_rebuilt * group.n_kv_heads
-    keys = n_best * key_row + basis_k + 4 * n_rebuilt * heads
+    n_scores = n_rebuilt * heads * (1 if is_metal else 1 + 2 * CUDA_KEY_PARTS)
+    keys = n_best * key_row + basis_k + 4 * n_scores
     values = n_best * value_row + basis_v + heads * (4 * n_rebuilt + 2 * rank_v * item)
     dense = _dense(layer, n_dense, True, 0)
     dense += StepWork(
         n_recent * group.n_kv_heads * (dim + value_dim + SCALE_BYTES),
         2 * n_recent * heads * (dim + value_dim),
     )
+    if not is_metal:
+        n_parts = sum(-(-n // CUDA_DENSE_ROWS) for n in (n_dense, n_recent))
+        dense += StepWork(2 * 4 * n_parts * heads * (value_dim + 2))
     work = {
         "scaled queries": StepWork(2 * heads * dim * item),
         "dense rows": dense,
@@ -224,7 +231,8 @@ def working_set(
         "values": StepWork(values, 2 * heads * rank_v * (n_rebuilt + value_dim)),
         "new token": StepWork(2 * group.row_elements * item),
     }
-    return {name: each + StepWork(launches=LAUNCHES[name]) for name, each in work.items()}
+    launches = LAUNCHES if is_metal else CUDA_LAUNCHES
+    return {name: each + StepWork(launches=launches[name]) for name, each in work.items()}
 
 
 def _dense(layer: LayerShape, n_rows: int, is_fused: bool, launches: int) -> StepWork:
@@ -239,10 +247,14 @@ def _dense(layer: LayerShape, n_rows: int, is_fused: bool, launches: int) -> Ste
 
 def _choice(n_heads: int, n_rows: int, count: int, is_metal: bool) -> StepWork:
     """:func:`xkv.ops.working_set.choose_rows` of float32 scores."""
-    n_scores = n_heads * n_rows
     if is_metal:
         # read once; the runs' maxima, and the scores of the best runs, by each pass
-        n_runs = -(-n_rows // RUN)
-        passes = RADIX_PASSES * n_heads * (n_runs + RUN * min(count, n_runs))
-        return StepWork(4 * (n_scores + passes))
-    return StepWork(4 * TOPK_READS * n_scores, 0, TOPK_LAUNCHES - 1)
+        n_runs, n_passes, run = -(-n_rows // RUN), RADIX_PASSES, RUN
+    else:
+        # the runs' maxima are written, and read once
+        run = CUDA_RUN
+        while run * CUDA_RUNS < n_rows:
+            run *= 2
+        n_runs, n_passes = -(-n_rows // run), 1
+    maxima = n_runs * (n_passes if is_metal else 2)
+    return StepWork(4 * n_heads * (n_rows + maxima + n_passes * run * min(count, n_runs)))

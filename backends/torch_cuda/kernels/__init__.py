@@ -91,6 +91,7 @@ class TritonKernel:
 
 
 ATTEND_DENSE = TritonKernel("attend_dense")
+CHOOSE_ROWS = TritonKernel("choose_rows")
 KEY_SCORES = TritonKernel("key_scores")
 QUERY_TERMS = TritonKernel("query_terms")
 INDEX_SCORES = TritonKernel("index_scores")

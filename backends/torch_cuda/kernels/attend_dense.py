@@ -1,4 +1,4 @@
-"""Attention over dense and recent rows, and the logarithm of what they are given, in one kernel."""
+"""Attention over dense and recent rows, and the logarithm of what they are given: two kernels."""
 
 from __future__ import annotations
 
@@ -15,32 +15,35 @@ from xkv.ops.scores import Dense
 from xkv.ops.sequences import AnyDense
 from xkv.ops.types import Array
 
-BLOCK_ROWS = 32
-"""Rows that a program takes at a time."""
+BLOCK_ROWS = 64
+"""Rows that a program takes at a time, half as many in float32."""
+WARPS = 4
+"""Of a program, 32 threads each."""
+PART = 64
+"""Rows of a program: a step has few, which are to fill the device."""
+COLUMNS = 16
+"""Queries of a program, the least that ``tl.dot`` takes."""
+PARTS = 16
+"""Parts that are put together at a time."""
 
 
 @triton.jit
 def add_rows(best, total, sums, score, values):
-    """A softmax's largest score, sum, and sums of values, with some rows' scores and values."""
+    """Largest scores, sums of weights, and of values, with some rows' scores and values."""
     highest = tl.maximum(best, tl.max(score, axis=0))
-    weights = tl.exp(score - highest)
+    weights = tl.exp(score - highest[None, :])
     fade = tl.exp(best - highest)
-    return (
-        highest,
-        total * fade + tl.sum(weights, axis=0),
-        sums * fade + tl.sum(weights[:, None] * values, axis=0),
-    )
+    found = tl.dot(tl.trans(weights.to(values.dtype)), values, input_precision="ieee")
+    return highest, total * fade + tl.sum(weights, axis=0), sums * fade[:, None] + found
 
 
 @triton.jit(
     do_not_specialize=[
-        *("queries", "keys", "values", "keys_batch", "keys_head", "keys_row"),
-        *("values_batch", "values_head", "values_row", "n_used", "numbers", "numbers_batch"),
-        *("numbers_head", "numbers_row", "scales", "scales_batch", "scales_head", "scales_row"),
-        *("sinks", "n_rows", "n_recent", "n_heads", "n_queries", "n_sharing"),
+        *("n_used", "scales", "scales_batch", "scales_head", "sums", "totals"),
+        *("n_rows", "n_recent", "n_kv_heads", "n_queries", "n_asking"),
     ]
 )
-def attend_dense_kernel(
+def attend_parts_kernel(
     queries,
     keys,
     keys_batch,
@@ -59,68 +62,128 @@ def attend_dense_kernel(
     scales_batch,
     scales_head,
     scales_row,
-    sinks,
-    output,
+    sums,
     totals,
     n_rows,
     n_recent,
-    n_heads,
+    n_kv_heads,
     n_queries,
-    n_sharing,
+    n_asking,
     HAS_USED: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     N: tl.constexpr,
+    N_PART: tl.constexpr,
+    N_COLUMNS: tl.constexpr,
     N_FEATURES: tl.constexpr,
     N_VALUES: tl.constexpr,
 ):
-    head, query, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    kv_head = head // n_sharing
-    place = (batch * n_heads + head) * n_queries + query
+    dtype: tl.constexpr = queries.dtype.element_ty
+    part, head_of_batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    batch, head = head_of_batch // n_kv_heads, head_of_batch % n_kv_heads
+    asking = tl.program_id(1) * N_COLUMNS + tl.arange(0, N_COLUMNS)
+    is_asking = asking < n_asking
+    places = head_of_batch * n_asking + asking
     features, of_values = tl.arange(0, N_FEATURES), tl.arange(0, N_VALUES)
     is_feature, is_value = (features < HEAD_DIM)[None, :], (of_values < VALUE_DIM)[None, :]
-    asked = tl.load(queries + place * HEAD_DIM + features, mask=features < HEAD_DIM, other=0.0)
-    asked = asked.to(tl.float32)[None, :]
-    keys += batch * keys_batch + kv_head * keys_head
-    values += batch * values_batch + kv_head * values_head
-    numbers += batch * numbers_batch + kv_head * numbers_head
-    scales += batch * scales_batch + kv_head * scales_head
-    if HAS_SINKS:
-        # a score whose row is nothing
-        best = tl.load(sinks + head).to(tl.float32)
-        total = best * 0 + 1.0
-    else:
-        # lower than any score, and finite: nothing is divided by zero
-        best = tl.full((), -1e38, tl.float32)
-        total = tl.zeros((), tl.float32)
-    sums = tl.zeros((N_VALUES,), tl.float32)
-    for start in range(0, n_recent, N):
+    asked = tl.load(
+        queries + places[None, :] * HEAD_DIM + features[:, None],
+        mask=is_asking[None, :] & (features < HEAD_DIM)[:, None],
+        other=0.0,
+    )
+    keys += batch * keys_batch + head * keys_head
+    values += batch * values_batch + head * values_head
+    numbers += batch * numbers_batch + head * numbers_head
+    scales += batch * scales_batch + head * scales_head
+    # lower than any score, and finite: a part may have no row that a query sees
+    best = tl.full((N_COLUMNS,), -1e38, tl.float32)
+    total = tl.zeros((N_COLUMNS,), tl.float32)
+    found = tl.zeros((N_COLUMNS, N_VALUES), tl.float32)
+    # the first parts are of recent rows, the others of dense ones
+    n_recent_parts = tl.cdiv(n_recent, N_PART)
+    first = part * N_PART
+    for start in range(first, tl.minimum(first + N_PART, n_recent), N):
         rows = (start + tl.arange(0, N)).to(tl.int64)
         is_row = rows < n_recent
         at = numbers + (rows * numbers_row)[:, None]
         x = tl.load(at + features[None, :], mask=is_row[:, None] & is_feature, other=0)
         of_key = tl.load(scales + rows * scales_row, mask=is_row, other=0.0)
-        score = tl.sum(x.to(tl.float32) * asked, axis=1) * of_key
-        score = tl.where(is_row, score, float("-inf"))
+        score = tl.dot(x.to(tl.float32).to(dtype), asked, input_precision="ieee")
+        score = score * of_key[:, None]
+        score = tl.where(is_row[:, None], score, float("-inf"))
         at += HEAD_DIM
         x = tl.load(at + of_values[None, :], mask=is_row[:, None] & is_value, other=0)
         of_value = tl.load(scales + rows * scales_row + 1, mask=is_row, other=0.0)
         x = x.to(tl.float32) * of_value[:, None]
-        best, total, sums = add_rows(best, total, sums, score, x)
-    n_seen = n_rows - n_queries + query + 1
+        best, total, found = add_rows(best, total, found, score, x.to(dtype))
+    n_in_use, n_seen = n_rows, n_rows - n_queries + asking % n_queries + 1
     if HAS_USED:
-        n_seen = tl.load(n_used).to(tl.int32)
-    for start in range(0, n_seen, N):
+        n_in_use = tl.load(n_used).to(tl.int32)
+        n_seen = n_seen * 0 + n_in_use
+    first = (part - n_recent_parts) * N_PART
+    end = tl.where(first < 0, first, tl.minimum(first + N_PART, n_in_use))
+    for start in range(first, end, N):
         rows = (start + tl.arange(0, N)).to(tl.int64)
-        is_row = rows < n_seen
+        is_row = (rows < n_in_use)[:, None]
         at = keys + (rows * keys_row)[:, None] + features[None, :]
-        x = tl.load(at, mask=is_row[:, None] & is_feature, other=0.0).to(tl.float32)
-        score = tl.where(is_row, tl.sum(x * asked, axis=1), float("-inf"))
+        x = tl.load(at, mask=is_row & is_feature, other=0.0)
+        score = tl.dot(x.to(dtype), asked, input_precision="ieee")
+        score = tl.where(rows[:, None] < n_seen[None, :], score, float("-inf"))
         at = values + (rows * values_row)[:, None] + of_values[None, :]
-        x = tl.load(at, mask=is_row[:, None] & is_value, other=0.0).to(tl.float32)
-        best, total, sums = add_rows(best, total, sums, score, x)
-    found = (sums / total).to(output.dtype.element_ty)
+        x = tl.load(at, mask=is_row & is_value, other=0.0)
+        best, total, found = add_rows(best, total, found, score, x.to(dtype))
+    at_part = places * tl.num_programs(0) + part
+    tl.store(
+        sums + at_part[:, None] * VALUE_DIM + of_values[None, :],
+        found,
+        mask=is_asking[:, None] & is_value,
+    )
+    tl.store(totals + 2 * at_part, best, mask=is_asking)
+    tl.store(totals + 2 * at_part + 1, total, mask=is_asking)
+
+
+@triton.jit(do_not_specialize=["sums", "part_totals", "sinks", "n_parts", "n_heads", "n_queries"])
+def add_parts_kernel(
+    sums,
+    part_totals,
+    sinks,
+    output,
+    totals,
+    n_parts,
+    n_heads,
+    n_queries,
+    HAS_SINKS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    N_PARTS: tl.constexpr,
+    N_VALUES: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64)
+    of_values = tl.arange(0, N_VALUES)
+    if HAS_SINKS:
+        # a score whose row is nothing
+        best = tl.load(sinks + place // n_queries % n_heads).to(tl.float32)
+        total = best * 0 + 1.0
+    else:
+        best = tl.full((), -1e38, tl.float32)
+        total = tl.zeros((), tl.float32)
+    found = tl.zeros((N_VALUES,), tl.float32)
+    for start in range(0, n_parts, N_PARTS):
+        part = start + tl.arange(0, N_PARTS)
+        at = place * n_parts + part
+        is_part = part < n_parts
+        highest = tl.load(part_totals + 2 * at, mask=is_part, other=-1e38)
+        given = tl.load(part_totals + 2 * at + 1, mask=is_part, other=0.0)
+        x = tl.load(
+            sums + at[:, None] * VALUE_DIM + of_values[None, :],
+            mask=is_part[:, None] & (of_values < VALUE_DIM)[None, :],
+            other=0.0,
+        )
+        before = best
+        best = tl.maximum(best, tl.max(highest, axis=0))
+        weights, fade = tl.exp(highest - best), tl.exp(before - best)
+        total = total * fade + tl.sum(given * weights, axis=0)
+        found = found * fade + tl.sum(x * weights[:, None], axis=0)
+    found = (found / total).to(output.dtype.element_ty)
     tl.store(output + place * VALUE_DIM + of_values, found, mask=of_values < VALUE_DIM)
     tl.store(totals + place, best + tl.log(total))
 
@@ -128,10 +191,11 @@ def attend_dense_kernel(
 class AttendDense:
     """:func:`xkv.ops.working_set.attend_dense`
 
-    A program takes a query of a query head, and all rows, 32 at a time: their keys and values,
-    ``head_dim + value_dim`` elements, and of recent ones as many bytes and 8, which the other
-    queries of the KV head read out of the L2 cache. ``2 * (head_dim + value_dim)`` flops a row, an
-    exponential and some conversions. It writes an output and a number.
+    A program takes a KV head, 16 of its queries and 64 recent or dense rows: their keys and
+    values, ``head_dim + value_dim`` elements, and of recent ones as many bytes and 8. It writes
+    ``value_dim + 2`` numbers a query in float32, which a second kernel puts together with those of
+    the other parts. ``2 * (head_dim + value_dim)`` flops a row and query, queries padded to 16, an
+    exponential and some conversions; weights are rounded to the queries' dtype.
     """
 
     name = "attend_dense"
@@ -162,13 +226,13 @@ class AttendDense:
         dims = dense.keys.shape[-1], dense.values.shape[-1]
         drawn = backend.normal((2, 4, n_queries, dims[0]), 0) * (3 * dims[0] ** -0.5)
         keys, values, *others = (
-            backend.normal((2, 2, BLOCK_ROWS + 5, dim), seed) for seed, dim in enumerate(2 * dims)
+            backend.normal((2, 2, PART + 5, dim), seed) for seed, dim in enumerate(2 * dims)
         )
         held = keys.to(dense.keys.dtype), values.to(dense.values.dtype)
         recent = dense.recent
         if recent is not None:
             recent = packed(backend, *others)
-        n_used = None if dense.n_used is None else dense.n_used * 0 + BLOCK_ROWS + 2
+        n_used = None if dense.n_used is None else dense.n_used * 0 + PART + 2
         if sinks is not None:
             sinks = drawn[0, :, 0, 0].to(sinks.dtype)
         return drawn.to(queries.dtype), Dense(*held, n_used, recent), sinks
@@ -193,7 +257,14 @@ class AttendDense:
         if dense.recent is not None:
             numbers, scales = dense.recent.numbers.contiguous(), dense.recent.scales.contiguous()
             n_recent = numbers.shape[2]
-        attend_dense_kernel[(n_heads, n_queries, batch)](
+        n_asking = n_heads // n_kv_heads * n_queries
+        n_parts = triton.cdiv(n_recent, PART) + triton.cdiv(n_rows, PART)
+        places = batch * n_heads * n_queries, n_parts
+        sums, part_totals = (
+            torch.empty((*places, n), dtype=torch.float32, device=queries.device)
+            for n in (value_dim, 2)
+        )
+        attend_parts_kernel[(n_parts, triton.cdiv(n_asking, COLUMNS), batch * n_kv_heads)](
             queries=queries.contiguous(),
             keys=dense.keys,
             keys_batch=dense.keys.stride(0),
@@ -212,22 +283,38 @@ class AttendDense:
             scales_batch=scales.stride(0),
             scales_head=scales.stride(1),
             scales_row=2,
+            sums=sums,
+            totals=part_totals,
+            n_rows=n_rows,
+            n_recent=n_recent,
+            n_kv_heads=n_kv_heads,
+            n_queries=n_queries,
+            n_asking=n_asking,
+            HAS_USED=dense.n_used is not None,
+            HEAD_DIM=head_dim,
+            VALUE_DIM=value_dim,
+            N=BLOCK_ROWS * 2 // max(queries.itemsize, 2),
+            N_PART=PART,
+            N_COLUMNS=COLUMNS,
+            N_FEATURES=max(triton.next_power_of_2(head_dim), 16),
+            N_VALUES=max(triton.next_power_of_2(value_dim), 16),
+            num_warps=WARPS,
+            num_stages=1,
+        )
+        add_parts_kernel[(places[0],)](
+            sums=sums,
+            part_totals=part_totals,
             sinks=totals if sinks is None else sinks.contiguous(),
             output=output,
             totals=totals,
-            n_rows=n_rows,
-            n_recent=n_recent,
+            n_parts=n_parts,
             n_heads=n_heads,
             n_queries=n_queries,
-            n_sharing=n_heads // n_kv_heads,
-            HAS_USED=dense.n_used is not None,
             HAS_SINKS=sinks is not None,
-            HEAD_DIM=head_dim,
             VALUE_DIM=value_dim,
-            N=BLOCK_ROWS,
-            N_FEATURES=triton.next_power_of_2(head_dim),
+            N_PARTS=PARTS,
             N_VALUES=triton.next_power_of_2(value_dim),
-            num_warps=4,
+            num_warps=1,
         )
         return output, totals
 

@@ -31,21 +31,24 @@ ROWS_ARGUMENTS = "rows", "rows_batch", "rows_head"
 
 
 @triton.jit
-def band_columns(numbers, scales, biases, bands, band, columns, is_inside):
-    """Some of a packed band's 64 columns in float32; zeros for rows that are not inside.
+def band_columns(numbers, scales, biases, bands, band, first, is_inside, N_COLUMNS: tl.constexpr):
+    """``N_COLUMNS`` of a packed band's 64 columns from ``first`` on, both multiples of 4, float32.
 
-    ``numbers``, ``scales`` and ``biases`` point to rows, ``[N]``.
+    ``numbers``, ``scales`` and ``biases`` point to rows, ``[N]``; zeros for rows not inside.
     """
     bits, first_word = tl.load(bands + 2 * band), tl.load(bands + 2 * band + 1)
-    # MLX's affine layout: one stream of bits, the lowest first
-    first_bits = columns * bits
+    # MLX's affine layout: one stream of bits, the lowest first; 4 codes are in two words at most
+    first_bits = (first + 4 * tl.arange(0, N_COLUMNS // 4)) * bits
     shifts = (first_bits % 32)[None, :]
     words = numbers[:, None] + (first_word + first_bits // 32)[None, :]
     codes = tl.load(words, mask=is_inside[:, None], other=0).to(tl.uint32, bitcast=True) >> shifts
-    is_cut = is_inside[:, None] & (shifts + bits > 32)
+    is_cut = is_inside[:, None] & (shifts + 4 * bits > 32)
     rest = tl.load(words + 1, mask=is_cut, other=0).to(tl.uint32, bitcast=True)
     # shifted by 32 it would be undefined, even where it is zero
-    codes = (codes | rest << ((32 - shifts) % 32)) & ((1 << bits) - 1)
+    codes |= rest << ((32 - shifts) % 32)
+    even = tl.interleave(codes, codes >> (2 * bits))
+    odd = tl.interleave(codes >> bits, codes >> (3 * bits))
+    codes = tl.interleave(even, odd) & ((1 << bits) - 1)
     scale = tl.load(scales + band, mask=is_inside, other=0.0).to(tl.float32)
     bias = tl.load(biases + band, mask=is_inside, other=0.0).to(tl.float32)
     return codes.to(tl.float32) * scale[:, None] + bias[:, None]

@@ -23,16 +23,21 @@ from xkv.ops.index import BLOCK, n_columns
 from xkv.ops.latent import Latent
 from xkv.ops.types import Array
 
-TILE = 64
+TILE = 128
 """Rows of a program, a divisor of ``BLOCK``."""
-QUERIES = 16
-"""Queries of a product and bands of another, the least that ``tl.dot`` takes."""
+QUERIES = 32
+"""Queries of a product, of as many KV heads as fit: a tile's codes and means are read once."""
+SHARING = 16
+"""Of these, a KV head's at a time."""
+BANDS = 16
+"""Bands of a product, the least that ``tl.dot`` takes."""
+WARPS = 4
+"""Of a program, 32 threads each."""
 
 
 @triton.jit(
     do_not_specialize=[
         *LATENT_ARGUMENTS,
-        "absorbed",
         "absorbed_batch",
         "absorbed_block",
         "n_rows",
@@ -58,12 +63,16 @@ def index_scores_kernel(
     n_rows,
     n_kv_heads,
     n_sharing,
+    n_all,
     IS_PACKED: tl.constexpr,
     IS_ALIGNED: tl.constexpr,
     N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BAND_WIDTH: tl.constexpr,
-    N_QUERIES: tl.constexpr,
+    N_BANDS: tl.constexpr,
+    N_HEADS: tl.constexpr,
+    N_SHARING: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
 ):
     dtype: tl.constexpr = absorbed.dtype.element_ty
     batch = tl.program_id(1).to(tl.int64)
@@ -80,8 +89,9 @@ def index_scores_kernel(
             biases + at_scales,
             bands,
             0,
-            columns,
+            0,
             is_inside,
+            BAND_WIDTH,
         )
     else:
         tile = plain_columns(row_numbers, columns, rank, is_inside, IS_ALIGNED)
@@ -89,13 +99,17 @@ def index_scores_kernel(
     # all rows of a tile are of one block
     block = (tl.program_id(0) * N // BLOCK_SIZE).to(tl.int64)
     absorbed += batch * absorbed_batch + block * absorbed_block
-    n_all = n_kv_heads * n_sharing
-    for head in range(n_kv_heads):
-        best = tl.full((N,), float("-inf"), tl.float32)
-        for start in range(0, n_sharing, N_QUERIES):
-            sharing = start + tl.arange(0, N_QUERIES)
-            is_query = sharing < n_sharing
+    asking = tl.arange(0, N_HEADS * N_SHARING)
+    for first_head in range(0, n_kv_heads, N_HEADS):
+        best = tl.full((N, N_HEADS), float("-inf"), tl.float32)
+        for start in range(0, n_sharing, N_SHARING):
+            head, sharing = first_head + asking // N_SHARING, start + asking % N_SHARING
+            is_query = (head < n_kv_heads) & (sharing < n_sharing)
             queries = head * n_sharing + sharing
+            if IS_WHOLE:
+                # told so, the compiler loads 16 bytes at a time
+                is_query = tl.full((N_HEADS * N_SHARING,), 1, tl.int1)
+                queries = first_head * N_SHARING + asking
             wanted = tl.load(
                 absorbed + columns[:, None] * n_all + queries[None, :],
                 mask=is_column[:, None] & is_query[None, :],
@@ -103,8 +117,8 @@ def index_scores_kernel(
             )
             scores = tl.dot(tile, wanted, input_precision="ieee")
             if IS_PACKED:
-                for first in range(1, rank // BAND_WIDTH, N_QUERIES):
-                    band = first + tl.arange(0, N_QUERIES)
+                for first in range(1, rank // BAND_WIDTH, N_BANDS):
+                    band = first + tl.arange(0, N_BANDS)
                     is_band = band < rank // BAND_WIDTH
                     is_read = is_inside[:, None] & is_band[None, :]
                     at = at_scales[:, None] + band[None, :]
@@ -121,16 +135,22 @@ def index_scores_kernel(
                     )
                     scores = tl.dot(means.to(dtype), weights, scores, input_precision="ieee")
             offset = tl.load(offsets + batch * n_all + queries, mask=is_query, other=float("inf"))
-            best = tl.maximum(best, tl.max(scores - offset[None, :], axis=1))
-        tl.store(output + (batch * n_kv_heads + head) * n_rows + rows, best, mask=is_inside)
+            by_head = tl.reshape(scores - offset[None, :], (N, N_HEADS, N_SHARING))
+            best = tl.maximum(best, tl.max(by_head, axis=2))
+        heads = first_head + tl.arange(0, N_HEADS)
+        tl.store(
+            output + (batch * n_kv_heads + heads)[None, :] * n_rows + rows[:, None],
+            best,
+            mask=is_inside[:, None] & (heads < n_kv_heads)[None, :],
+        )
 
 
 class IndexScores:
     """:func:`xkv.ops.index.index_scores`
 
-    Reads each row's first band, ``8 * bits`` bytes, and all its scales and biases once from memory
-    (these again from the cache for each KV head), and writes 4 bytes a row and KV head. ``2 * n``
-    flops a row and query for ``n`` columns of the index, both padded to 16.
+    Reads each row's first band, ``8 * bits`` bytes, and all its scales and biases once for 32
+    queries, of as many KV heads as these are, and writes 4 bytes a row and KV head. ``2 * n`` flops
+    a row and query for ``n`` columns of the index, both padded to 16.
     """
 
     name = "index_scores"
@@ -151,7 +171,7 @@ class IndexScores:
         self, backend: Backend, absorbed: Array, latent: Latent, offsets: Array, n_kv_heads: int
     ) -> tuple[Any, ...]:
         """One and a bit blocks of rows, two and a bit tiles of queries."""
-        n_rows, n_queries = BLOCK + 1, 2 * (QUERIES + 1)
+        n_rows, n_queries = BLOCK + 1, 2 * (SHARING + 1)
         sample = sample_latent(backend, latent, n_rows)
         shape = (2, 2 if absorbed.shape[1] > 1 else 1, n_columns(sample), n_queries)
         queries = backend.normal(shape, 1).to(absorbed.dtype)
@@ -171,6 +191,8 @@ class IndexScores:
         output = torch.empty(
             (batch, n_kv_heads, n_rows), dtype=torch.float32, device=absorbed.device
         )
+        n_sharing = absorbed.shape[-1] // n_kv_heads
+        at_once = min(triton.next_power_of_2(n_sharing), SHARING)
         index_scores_kernel[(triton.cdiv(n_rows, TILE), batch)](
             **latent_arguments(latent),
             absorbed=absorbed,
@@ -180,14 +202,17 @@ class IndexScores:
             output=output,
             n_rows=n_rows,
             n_kv_heads=n_kv_heads,
-            n_sharing=absorbed.shape[-1] // n_kv_heads,
+            n_sharing=n_sharing,
+            n_all=absorbed.shape[-1],
             N=TILE,
             BLOCK_SIZE=BLOCK,
             BAND_WIDTH=BAND,
-            N_QUERIES=QUERIES,
-            # unpacking takes registers: with 4 warps few programs would share a multiprocessor
-            num_warps=8 if latent.is_packed else 4,
-            num_stages=2,
+            N_BANDS=BANDS,
+            N_HEADS=QUERIES // at_once,
+            N_SHARING=at_once,
+            IS_WHOLE=n_sharing == at_once and n_kv_heads % (QUERIES // at_once) == 0,
+            num_warps=WARPS,
+            num_stages=1,
         )
         return output
 

@@ -30,6 +30,8 @@ BLOCK_ROWS = 32
 """Rows of a program: a step rebuilds few, which are to fill the device."""
 QUERIES = 16
 """Queries of a product, the least that ``tl.dot`` takes."""
+PROGRAMS = 256
+"""As many fill a device: where there are fewer, several share the columns of a block of rows."""
 PAIR_RUN = 8
 """Rotated pairs come in runs of so many, which is what makes loads of a basis wide."""
 
@@ -82,6 +84,8 @@ def pair_features(n_pairs, HEAD_DIM: tl.constexpr, TRADITIONAL: tl.constexpr):
         "position",
         "n_pairs",
         "n_queries",
+        "n_blocks",
+        "n_columns",
     ]
 )
 def key_scores_kernel(
@@ -109,6 +113,8 @@ def key_scores_kernel(
     queries,
     scores,
     n_queries,
+    n_blocks,
+    n_columns,
     HEAD_DIM: tl.constexpr,
     TRADITIONAL: tl.constexpr,
     IS_PACKED: tl.constexpr,
@@ -120,7 +126,8 @@ def key_scores_kernel(
 ):
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     head_of_batch = batch * tl.num_programs(1) + head
-    wanted = tl.program_id(0) * N + tl.arange(0, N)
+    part, block = tl.program_id(0) // n_blocks, tl.program_id(0) % n_blocks
+    wanted = block * N + tl.arange(0, N)
     is_inside = wanted < n_rows
     rows += batch * rows_batch + head * rows_head
     ids = tl.load(rows + wanted, mask=is_inside, other=0)
@@ -131,7 +138,7 @@ def key_scores_kernel(
     columns = tl.arange(0, BLOCK_RANK)
     x = tl.zeros((N, HEAD_DIM // 2), tl.float32)
     y = tl.zeros((N, HEAD_DIM // 2), tl.float32)
-    for start in range(0, rank, BLOCK_RANK):
+    for start in range(part * n_columns, tl.minimum((part + 1) * n_columns, rank), BLOCK_RANK):
         is_column = start + columns < rank
         if IS_PACKED:
             tile = band_columns(
@@ -140,8 +147,9 @@ def key_scores_kernel(
                 biases + at_scales,
                 bands,
                 start // BAND_WIDTH,
-                start % BAND_WIDTH + columns,
+                start % BAND_WIDTH,
                 is_inside,
+                BLOCK_RANK,
             )
         else:
             tile = plain_columns(row_numbers, start + columns, rank, is_inside, IS_ALIGNED)
@@ -163,7 +171,9 @@ def key_scores_kernel(
         x, y = x * cosine - y * sine, y * cosine + x * sine
     keys_x, keys_y = x.to(queries.dtype.element_ty), y.to(queries.dtype.element_ty)
     queries += head_of_batch * n_queries * HEAD_DIM
-    scores += head_of_batch * n_queries * n_rows
+    # a score is a sum over columns, of which each part writes its own
+    n_heads = tl.num_programs(1) * tl.num_programs(2).to(tl.int64)
+    scores += (part * n_heads + head_of_batch) * n_queries * n_rows
     # the keys on the left: there a product takes them as they lie in registers
     for start in range(0, n_queries, N_QUERIES):
         query = start + tl.arange(0, N_QUERIES)
@@ -199,7 +209,8 @@ class KeyScores:
     """:func:`xkv.ops.working_set.key_scores`
 
     For each KV head and row it reads the latent's row, ``rank * bits / 8`` bytes with scales and
-    biases where it is packed, and writes ``4 * M`` bytes of scores; each block of 32 rows reads the
+    biases where it is packed, and writes ``4 * M`` bytes of scores: where there are few rows, as
+    often as their columns have parts, which a sum puts together. Each block of 32 rows reads the
     head's basis and queries, ``M * dim`` numbers, out of the L2 cache. ``2 * (rank + M) * dim``
     flops a row, queries padded to 16, and some 15 integer operations for each packed number. A
     packed latent is widened in registers; keys never leave them, rounded to the queries' dtype.
@@ -253,9 +264,14 @@ class KeyScores:
         basis, spec = stored.basis, _spec(stored)
         batch, n_kv_heads, n_rows = rows.shape
         head_dim, n_queries = basis.shape[-1], queries.shape[1] // n_kv_heads * queries.shape[2]
-        shape = batch, n_kv_heads, n_queries, n_rows
+        n_blocks, width = triton.cdiv(n_rows, BLOCK_ROWS), _block_rank(stored)
+        n_tiles = max(triton.cdiv(stored.latent.rank, width), 1)
+        n_parts = min(triton.cdiv(PROGRAMS, n_blocks * n_kv_heads * batch), n_tiles)
+        n_columns = triton.cdiv(n_tiles, n_parts) * width
+        n_parts = max(triton.cdiv(stored.latent.rank, n_columns), 1)
+        shape = n_parts, batch, n_kv_heads, n_queries, n_rows
         scores = torch.empty(shape, dtype=torch.float32, device=rows.device)
-        key_scores_kernel[(triton.cdiv(n_rows, BLOCK_ROWS), n_kv_heads, batch)](
+        key_scores_kernel[(n_blocks * n_parts, n_kv_heads, batch)](
             **latent_arguments(stored.latent),
             **rows_arguments(rows),
             basis=basis,
@@ -270,16 +286,18 @@ class KeyScores:
             queries=queries.contiguous(),
             scores=scores,
             n_queries=n_queries,
+            n_blocks=n_blocks,
+            n_columns=n_columns,
             HEAD_DIM=head_dim,
             TRADITIONAL=spec.traditional,
             N=BLOCK_ROWS,
-            BLOCK_RANK=_block_rank(stored),
+            BLOCK_RANK=width,
             BAND_WIDTH=BAND,
             N_QUERIES=QUERIES,
             num_warps=8 if head_dim > 128 else 4,
-            num_stages=2,
+            num_stages=1,
         )
-        return scores
+        return scores[0] if n_parts == 1 else scores.sum(0)
 
 
 KERNEL = KeyScores()

@@ -24,8 +24,10 @@ from xkv.ops.backend import Backend
 from xkv.ops.latent import Latent
 from xkv.ops.types import Array
 
-BLOCK_ROWS = 64
-"""Rows of a product: with fewer, a program would wait for memory more often."""
+BLOCK_ROWS = 32
+"""Rows of a product: with more, few programs would share a multiprocessor's registers."""
+WARPS = 8
+"""Of a program, 32 threads each."""
 SUMS = 16
 """Sums of a program, the least that ``tl.dot`` takes."""
 
@@ -93,8 +95,9 @@ def weigh_rows_kernel(
                 biases + at_scales,
                 bands,
                 band,
-                columns,
+                0,
                 is_inside,
+                BAND_WIDTH,
             )
         else:
             tile = plain_columns(
@@ -138,7 +141,7 @@ class WeighRows:
     sums' scores, 4 bytes each; it writes ``16 * 64`` numbers. Columns are read again, mostly out of
     the L2 cache, for each 16 sums, scores for each band. Of the first band it reads and writes
     ``value_dim`` numbers a sum of what is beside. ``2 * rank`` flops a row and sum, an exponential
-    for each band of these, sums padded to 16 and rows to 64, and some 15 integer operations for
+    for each band of these, sums padded to 16 and rows to 32, and some 15 integer operations for
     each packed number. Values are widened in registers, weights made there; neither is written out.
     """
 
@@ -207,8 +210,8 @@ class WeighRows:
             N=BLOCK_ROWS,
             N_SUMS=SUMS,
             BAND_WIDTH=BAND,
-            num_warps=8 if latent.is_packed else 4,
-            num_stages=2,
+            num_warps=WARPS,
+            num_stages=1,
         )
         return output, rest
 

@@ -25,8 +25,11 @@ from xkv.ops.scores import Dense
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: pip install triton (Linux)")
-OPERATIONS = ["key_scores", "weigh_rows", "index_scores", "query_terms", "attend_dense"]
-WITHOUT_LATENT = ("query_terms", "attend_dense")
+OPERATIONS = [
+    *("key_scores", "weigh_rows", "index_scores"),
+    *("query_terms", "attend_dense", "choose_rows"),
+]
+WITHOUT_LATENT = ("query_terms", "attend_dense", "choose_rows")
 WITHOUT_ROWS = ("index_scores", *WITHOUT_LATENT)
 """Those that take no numbers of a latent's rows."""
 LARGE = 100.0
@@ -44,6 +47,9 @@ def arguments(backend: Backend, operation: str, x: DecodeInputs) -> tuple[Any, .
         return x.queries * x.scale, index_basis(backend, x.segment.keys), x.case.spec
     if operation == "attend_dense":
         return x.queries * x.scale, x.dense, None
+    if operation == "choose_rows":
+        worth = (*x.rows.shape[:2], x.case.n_rows)
+        return backend.normal(worth, 8), x.case.n_rebuilt
     return x.segment.keys, x.rows, x.queries * x.scale
 
 
@@ -113,6 +119,8 @@ def dtypes_of(operation: str, args: Any) -> list[torch.dtype]:
         return [args[-1].dtype] * 2
     if operation == "query_terms":
         return [torch.promote_types(args[0].dtype, args[1].dtype)]
+    if operation == "choose_rows":
+        return [torch.int64]
     return [torch.float32]
 
 

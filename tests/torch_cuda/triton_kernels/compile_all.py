@@ -53,6 +53,9 @@ def launches(dtype: torch.dtype, head_dim: int) -> list[tuple[triton_kernels.Tri
         found.append((triton_kernels.INDEX_SCORES, (absorbed, latent, offsets, 8)))
         index = array(1, n_index, 8, head_dim, dtype=dtype)
         found.append((triton_kernels.QUERY_TERMS, (queries, index, spec)))
+    for n_rows in (32768, 131072):
+        worth = array(1, 8, n_rows, dtype=torch.float32)
+        found.append((triton_kernels.CHOOSE_ROWS, (worth, 128)))
     rows = array(1, 8, 300, head_dim, dtype=dtype)
     numbers = array(1, 8, 512, 2 * head_dim, dtype=torch.int8)
     recent = Recent(numbers, array(1, 8, 512, 2, dtype=torch.float32))

@@ -67,6 +67,7 @@ def outputs_start_as_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poisoned(*args: Any, **options: Any) -> torch.Tensor:
         array = empty(*args, **options)
-        return array.fill_(torch.nan) if array.is_floating_point() else array
+        # numbers of rows stay such that a kernel may read where they say
+        return array.fill_(torch.nan if array.is_floating_point() else 0)
 
     monkeypatch.setattr(torch, "empty", poisoned)

@@ -46,6 +46,7 @@ EDGES = [
     *(DecodeCase(70, 17 * n, n, 64, bits=(3,) * 18, n_recent=0, n_rebuilt=3) for n in (1, 3)),
     *(DecodeCase(70, 1, 1, 64, 16, 16, n_queries=n, n_recent=0) for n in (15, 16, 33)),
     DecodeCase(70, 4, 2, 32, 16, 16, rope_dims=16),
+    DecodeCase(300, 32, 8, 32, bits=(4, 3, 2), n_recent=0),
 ]
 """Around a kernel's tiles of rows, of columns, of blocks, of queries, of bands and of pairs."""
 ODD_SIZES = [
@@ -54,8 +55,14 @@ ODD_SIZES = [
     ("query_terms", DecodeCase(70, 2, 1, 80, 1, 16, n_recent=0, n_queries=3, rope_scale=1.2)),
     *(("weigh_rows", DecodeCase(70, 4, 2, n, 16, 16, n_recent=0)) for n in (1, 63, 65, 80, 256)),
     *(("attend_dense", DecodeCase(70, 4, 2, n, 16, 16, n_recent=n)) for n in (1, 33, 80)),
+    *(
+        ("attend_dense", DecodeCase(70, 2, 1, 64, 16, 16, n_dense=n, n_recent=n - 1, batch=2))
+        for n in (1, 64, 65, 128, 129, 257)
+    ),
+    ("attend_dense", DecodeCase(70, 34, 2, 32, 16, 16, n_queries=3, n_dense=130)),
+    ("attend_dense", DecodeCase(70, 2, 2, 32, 16, 16, n_dense=2200, n_recent=0)),
 ]
-"""Of features that other kernels do not take."""
+"""Of features that other kernels do not take, and around tiles of dense rows, parts and queries."""
 EDGE_OPERATIONS = ["key_scores", "weigh_rows", "index_scores", "query_terms"]
 
 
@@ -68,7 +75,7 @@ def test_kernel_at_tile_edges(
 
 
 @pytest.mark.parametrize(("operation", "case"), ODD_SIZES, ids=str)
-def test_kernel_takes_any_features(
+def test_kernel_at_sizes_of_its_own(
     backend: Backend, reference: Backend, operation: str, case: DecodeCase
 ) -> None:
     check(backend, reference, operation, case, "float32")
@@ -236,3 +243,23 @@ def test_first_use_check_passes(backend: Backend, case: DecodeCase, dtype: str) 
     for operation in OPERATIONS:
         getattr(checked, operation)(*arguments(backend, operation, inputs))
         assert checked.kernels.last_path[operation] == operation
+
+
+@pytest.mark.parametrize("n_rows", [1, 9, 32767, 32769, 70_001])
+@pytest.mark.parametrize("kind", ["positive", "negative", "few numbers", "no numbers"])
+def test_choose_rows_takes_the_largest_in_their_order(
+    backend: Backend, n_rows: int, kind: str
+) -> None:
+    worth = backend.normal((2, 2, n_rows), 4)
+    worth = worth.abs() if kind == "positive" else -worth.abs() - 1e-30
+    if kind == "few numbers":
+        # ties: of one run, between runs, at the edge of the choice
+        worth = worth.round()
+    if kind == "no numbers":
+        worth[:, :, n_rows // 2 :] = -torch.inf
+    for count in {1, min(n_rows, 100), min(n_rows, 128)}:
+        rows = backend.choose_rows(worth, count)
+        assert backend.kernels.last_path["choose_rows"] == "choose_rows"
+        # of equal ones the first, as of a stable order
+        want = worth.argsort(dim=-1, descending=True, stable=True)[..., :count].sort(-1).values
+        assert torch.equal(rows, want)

@@ -197,8 +197,8 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     of_dtype = dict.fromkeys(("index_scores_kernel", "weigh_rows_kernel"), (2, 1, 1))
     of_dtype["key_scores_kernel"] = 4, 2, 2
     of_dtype["query_terms_kernel"] = (4,)
-    # whether there are sinks, and rows that are not in use
-    of_dtype["attend_dense_kernel"] = 1, 1, 1
+    # whether there are rows that are not in use, and sinks
+    of_dtype["attend_parts_kernel"] = of_dtype["add_parts_kernel"] = 2, 1
     for name, counts in of_dtype.items():
         found = [int(n) for x, n in zip(names, shared_by, strict=True) if x == name]
         assert sorted(found[: 2 * len(counts)]) == sorted(2 * counts), compiled.stdout
