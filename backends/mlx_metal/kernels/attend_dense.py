@@ -287,8 +287,8 @@ class AttendDense:
         kernel = common.build(
             name,
             tuple(named),
-            "".join([*begin, *rest, ROWS]),
-            HEADER,
+            (*begin, *rest, ROWS),
+            (HEADER,),
             outputs=("out", "totals"),
             reads_strides=is_batch,
         )

@@ -122,8 +122,8 @@ class ChooseRows:
 
     def __call__(self, worth: Array, count: int) -> Array:
         batch, n_kv_heads, n_rows = worth.shape
-        header = common.LATENT_SOURCE + selection.SELECTION_SOURCE + HEADER
-        kernel = common.build(self.name, ("worth", "count"), SOURCE, header, ("out", "maxima"))
+        header = common.LATENT_SOURCE, selection.SELECTION_SOURCE, HEADER
+        kernel = common.build(self.name, ("worth", "count"), (SOURCE,), header, ("out", "maxima"))
         rows, _ = kernel(
             inputs=[worth, count],
             template=[("THREADS", THREADS), ("RUN", RUN)],

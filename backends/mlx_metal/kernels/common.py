@@ -259,22 +259,23 @@ def device_problem() -> str | None:
 def build(
     name: str,
     inputs: tuple[str, ...],
-    source: str,
-    header: str,
+    source: tuple[str, ...],
+    header: tuple[str, ...] = (),
     outputs: tuple[str, ...] = ("out",),
     reads_strides: bool = False,
 ) -> Any:
     """Make a kernel when it is first needed, here only; ``cache_clear`` forgets them all.
 
     Args:
+        source: In pieces, as is the header: a step that puts them together would hash them anew.
         reads_strides: Views are read where they are, not copied.
     """
     return mx.fast.metal_kernel(
         name=name,
         input_names=list(inputs),
         output_names=list(outputs),
-        source=source,
-        header=header,
+        source="".join(source),
+        header="".join(header),
         ensure_row_contiguous=not reads_strides,
     )
 
@@ -322,8 +323,8 @@ def launch(
     kernel = build(
         name + "_packed" * latent.is_packed + "_each" * are_several,
         tuple(named),
-        read + source,
-        LATENT_SOURCE + PRODUCT_SOURCE + header,
+        (read, source),
+        (LATENT_SOURCE, PRODUCT_SOURCE, header),
         tuple(made),
     )
     n_threads = sizes["ROWS"] * sizes["N"] // SIMDGROUP
@@ -366,11 +367,11 @@ def _name_of(dtype: Any) -> str:
 
 def dtype_problem(**arrays: Array | AnyLatent) -> str | None:
     """A sentence if the arrays' dtypes differ or no kernel takes them."""
-    found = {dtype_name(x) for x in arrays.values()}
-    if len(found) > 1:
+    first, *others = (x.dtype for x in arrays.values())
+    if any(dtype != first for dtype in others):
         given = ", ".join(f"{name} {dtype_name(x)}" for name, x in arrays.items())
         return f"the kernel takes arrays of one dtype, not {given}"
-    (dtype,) = found
+    dtype = _name_of(first)
     if dtype not in DTYPES:
         return f"the kernel takes {', '.join(DTYPES)}, not {dtype}"
     return None

@@ -106,7 +106,7 @@ class QueryTerms:
         n_pairs, has_rest = len(spec.freqs), spec.dims < queries.shape[-1]
         batch = max(basis.shape[0], queries.shape[0])
         named = {"queries": queries, "basis": basis, "n_pairs": n_pairs, "scale": float(spec.scale)}
-        kernel = common.build(self.name, tuple(named), SOURCE, "", reads_strides=True)
+        kernel = common.build(self.name, tuple(named), (SOURCE,), reads_strides=True)
         n_threads = SIMDGROUPS * common.SIMDGROUP
         (terms,) = kernel(
             inputs=list(named.values()),
