@@ -26,7 +26,7 @@ from xkv.ops.types import Array
 
 BLOCK_ROWS = 32
 """Rows of a product: with more, few programs would share a multiprocessor's registers."""
-WARPS = 8
+WARPS = 4
 """Of a program, 32 threads each."""
 SUMS = 16
 """Sums of a program, the least that ``tl.dot`` takes."""
