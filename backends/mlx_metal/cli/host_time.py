@@ -17,7 +17,7 @@ from xkv.backends.mlx_metal.model.enable import disable, enable
 from xkv.config import XKVConfig
 from xkv.tiny import CHECKPOINT_DIR, make_document
 
-N_TOKENS, N_STEPS = 3000, 40
+N_TOKENS, N_STEPS = 3000, 120
 N_SEQUENCES = 1, 4
 
 IS_METAL = mx.metal.is_available()
