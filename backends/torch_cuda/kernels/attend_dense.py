@@ -15,7 +15,7 @@ from xkv.ops.scores import Dense
 from xkv.ops.sequences import AnyDense
 from xkv.ops.types import Array
 
-BLOCK_ROWS = 64
+BLOCK_ROWS = 32
 """Rows that a program takes at a time, half as many in float32."""
 WARPS = 4
 """Of a program, 32 threads each."""
