@@ -34,7 +34,7 @@ kernels=(-m pytest tests/torch_cuda/triton_kernels -p no:cacheprovider -p no:ben
 kernels+=(--tb=short -rfs)
 doctor=(-m xkv.doctor --backend torch --lengths 1024)
 parity=(scripts/parity_gpu.py --device "$device")
-step=(scripts/gpu_step.py --device "$device")
+step=(scripts/gpu_step.py --device "$device" --batches 1 4)
 bench=(scripts/bench_gpu.py --device "$device" --replay only --batches)
 if [ "$device" = cuda ]; then
     unset TRITON_INTERPRET
@@ -45,7 +45,7 @@ if [ "$device" = cuda ]; then
 elif [ "${CHECK_GPU_ON_CPU:-}" = 1 ]; then
     kernels+=(-k "matches_reference and (L64 or L264)")
     parity+=(--max-tokens 4)
-    step+=(--tokens 1024 --batches 1 2)
+    step+=(--tokens 1024)
     bench+=(1 2 --tiny --lengths 600 --steps 4 --runs 2)
 else
     echo "error: PyTorch sees no GPU on this machine; CHECK_GPU_ON_CPU=1 runs every part on the" \
@@ -92,7 +92,7 @@ part kernels 200 kernels bash -c '"$0" -c "import triton" && "$0" "$@"' "$python
 [ -n "$warming" ] && wait "$warming"
 part parity 120 parity "$python" "${parity[@]}"
 part doctor 50 attention "$python" "${doctor[@]}"
-part step 60 attention "$python" "${step[@]}"
+part step 90 attention "$python" "${step[@]}"
 part bench 255 bench "$python" "${bench[@]}" --out "$out/bench"
 
 for file in machine.txt attention.txt bench.md; do

@@ -173,11 +173,9 @@ class MLXBackend(Backend):
         mx.reset_peak_memory()
 
     def choose_rows(self, worth: Array, count: int) -> Array:
-        return self.kernels.run("choose_rows", choose_rows.KERNEL, self._best_rows, worth, count)
-
-    def _best_rows(self, worth: Array, count: int) -> Array:
-        # rising, as the kernel writes them: neighbours in memory follow each other
-        return mx.sort(super().choose_rows(worth, count), axis=-1)
+        return self.kernels.run(
+            "choose_rows", choose_rows.KERNEL, super().choose_rows, worth, count
+        )
 
     def key_scores(self, stored: Stored, rows: Array, queries: Array) -> Array:
         return self.kernels.run(

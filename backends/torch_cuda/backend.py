@@ -203,10 +203,9 @@ class TorchBackend(Backend):
         )
 
     def choose_rows(self, worth: Array, count: int) -> Array:
-        def in_order(worth: Array, count: int) -> Array:
-            return self.top_indices(worth, count).sort(-1).values
-
-        return self.kernels.run("choose_rows", triton_kernels.CHOOSE_ROWS, in_order, worth, count)
+        return self.kernels.run(
+            "choose_rows", triton_kernels.CHOOSE_ROWS, super().choose_rows, worth, count
+        )
 
     def key_scores(self, stored: Stored, rows: Array, queries: Array) -> Array:
         return self.kernels.run(

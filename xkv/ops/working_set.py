@@ -132,7 +132,7 @@ def attend_dense(
 
 
 def choose_rows(backend: Operations, worth: Array, count: int) -> Array:
-    """Which rows a step rebuilds: those that are worth most, in any order.
+    """Which rows a step rebuilds: those that are worth most, rising, as neighbours lie in memory.
 
     Args:
         worth: ``[B, n_kv_heads, L]``: :func:`xkv.ops.index.index_scores`.
@@ -141,7 +141,7 @@ def choose_rows(backend: Operations, worth: Array, count: int) -> Array:
     Returns:
         ``[B, n_kv_heads, count]``
     """
-    return backend.top_indices(worth, count)
+    return backend.xp.sort(backend.top_indices(worth, count), axis=-1)
 
 
 def key_scores(backend: Operations, stored: Stored, rows: Array, queries: Array) -> Array:

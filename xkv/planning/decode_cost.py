@@ -249,12 +249,11 @@ def _choice(n_heads: int, n_rows: int, count: int, is_metal: bool) -> StepWork:
     """:func:`xkv.ops.working_set.choose_rows` of float32 scores."""
     if is_metal:
         # read once; the runs' maxima, and the scores of the best runs, by each pass
-        n_runs, n_passes, run = -(-n_rows // RUN), RADIX_PASSES, RUN
+        run, of_runs, of_rows = RUN, RADIX_PASSES, RADIX_PASSES
     else:
-        # the runs' maxima are written, and read once
-        run = CUDA_RUN
+        # the runs' maxima are written and read, the best runs' scores read once
+        run, of_runs, of_rows = CUDA_RUN, 2, 1
         while run * CUDA_RUNS < n_rows:
             run *= 2
-        n_runs, n_passes = -(-n_rows // run), 1
-    maxima = n_runs * (n_passes if is_metal else 2)
-    return StepWork(4 * n_heads * (n_rows + maxima + n_passes * run * min(count, n_runs)))
+    n_runs = -(-n_rows // run)
+    return StepWork(4 * n_heads * (n_rows + of_runs * n_runs + of_rows * run * min(count, n_runs)))

@@ -203,6 +203,7 @@ class IndexScores:
             n_rows=n_rows,
             n_kv_heads=n_kv_heads,
             n_sharing=n_sharing,
+            # given, not multiplied: the compiler is told whether it is a multiple of 16
             n_all=absorbed.shape[-1],
             N=TILE,
             BLOCK_SIZE=BLOCK,
